@@ -1,0 +1,256 @@
+"""The `dsv3` command. Bad input ends in one line and exit code 2."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsv3_jax.config import RunConfig, apply_overrides, read_config
+
+EXAMPLES = """examples:
+  dsv3 train configs/demo.py --set train.steps=200
+  dsv3 generate runs/demo --prompt 'def ' --temperature 0.8
+  dsv3 import ~/DeepSeek-V3-tiny runs/imported
+  dsv3 export runs/demo exported --weights float8_e4m3fn
+  dsv3 bench train --config configs/bench_tiny.py --json"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and that takes no shortened flags."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options, allow_abbrev=False)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses what it does not know itself, or a command's wrong flag would be `dsv3`'s."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        text = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit code: 0, 1 for a failed run, 2 for bad input, 128+n for signals.
+
+    Messages of expected errors go to standard error as one line; anything else is a bug and keeps
+    its traceback.
+    """
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.command is None:
+        top.error("COMMAND is missing")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    name = f"dsv3 {options.command}"
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read our output has left: end as SIGPIPE would
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        return _fail(name, error, 2)
+    except ArithmeticError as error:
+        return _fail(name, error, 1)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+
+
+def _fail(name: str, message: object, code: int) -> int:
+    text = " ".join(str(message).split())
+    print(f"{name}: {text}", file=sys.stderr)
+    return code
+
+
+def parser() -> Parser:
+    """The parser of all commands."""
+    top = Parser(
+        prog="dsv3",
+        description="Train, run and exchange DeepSeek-V3 models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Parser:
+        made = commands.add_parser(name, help=summary, description=summary)
+        made.set_defaults(run=run)
+        return made
+
+    train = command("train", run_train, "Train under runs/NAME, or go on where a run stopped.")
+    train.add_argument("config", help="a Python file with `def config() -> RunConfig`")
+    _add_set(train)
+
+    generate = command("generate", run_generate, "Continue prompts, streaming the text.")
+    generate.add_argument("checkpoint", help="a run directory, a step of it, or Hugging Face's")
+    generate.add_argument(
+        "--prompt", action="append", help="text to continue; repeatable (default: standard input)"
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="(default 128)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (default)")
+    generate.add_argument("--stop", action="append", default=[], help="text to end at; repeatable")
+    generate.add_argument("--seed", type=int, default=0, help="(default 0)")
+    _add_dtype(generate)
+
+    importing = command("import", run_import, "Make a run directory of a Hugging Face checkpoint.")
+    importing.add_argument("source", help="a Hugging Face directory")
+    importing.add_argument("target", help="the run directory to make, e.g. runs/imported")
+
+    exporting = command("export", run_export, "Write a checkpoint as Hugging Face safetensors.")
+    exporting.add_argument("checkpoint", help="a run directory, a step of it, or Hugging Face's")
+    exporting.add_argument("target", help="the directory to make")
+    exporting.add_argument(
+        "--weights",
+        default="bfloat16",
+        choices=("bfloat16", "float32", "float8_e4m3fn"),
+        help="(default bfloat16)",
+    )
+
+    bench = command("bench", run_bench, "Measure training or decoding on this machine.")
+    bench.add_argument("what", choices=("train", "decode"))
+    bench.add_argument("--config", default="configs/bench_tiny.py", help="(default %(default)s)")
+    bench.add_argument("--batch-size", type=int, help="sequences (train: the config's; decode: 1)")
+    bench.add_argument("--repeats", type=int, default=7, help="timed repeats (default 7)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object only")
+    _add_set(bench)
+    return top
+
+
+def _add_set(command: Parser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change the config; repeatable, e.g. --set train.steps=200",
+    )
+
+
+def _add_dtype(command: Parser) -> None:
+    command.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """`dsv3 train`."""
+    config = _config(options)  # before JAX is loaded: what is wrong is said at once
+
+    from dsv3_jax.train.loop import Interrupted, train
+
+    initial = tokenizer = None
+    if config.train.init_from is not None:
+        config, initial, tokenizer = _initialise_from(config, Path(config.train.init_from))
+    try:
+        train(config, initial=initial, tokenizer=tokenizer)
+    except Interrupted as stop:
+        return _fail("dsv3 train", stop, 128 + stop.signal_number)
+    return 0
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    return apply_overrides(read_config(options.config), options.set)
+
+
+def _initialise_from(config: RunConfig, path: Path):
+    """The config with the checkpoint's model, that model, and the tokenizer that belongs to it."""
+    from dsv3_jax.data.tokenizer import load_tokenizer
+    from dsv3_jax.export.load import find_tokenizer, load, read_model_config
+
+    model_config = read_model_config(path)
+    config = dataclasses.replace(config, model=model_config)
+    tokenizer_path = find_tokenizer(path)
+    tokenizer = None
+    if tokenizer_path is not None and config.data.tokenizer is None:
+        tokenizer = load_tokenizer(tokenizer_path, model_config.vocab_size)
+    if tokenizer is None and config.data.tokenizer is None and config.data.has_text:
+        raise ValueError(
+            f"train.init_from {path} has no tokenizer.json, expected one there or data.tokenizer:"
+            " a new one would not fit the weights"
+        )
+    return config, load(path, dtype="float32"), tokenizer
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """`dsv3 generate`."""
+    from dsv3_jax.data.tokenizer import load_tokenizer
+    from dsv3_jax.export.load import find_tokenizer, load
+    from dsv3_jax.serve.sampler import SamplingParams
+    from dsv3_jax.serve.text import continue_text
+
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    path = Path(options.checkpoint)
+    tokenizer_path = find_tokenizer(path)
+    if tokenizer_path is None:
+        raise ValueError(f"{path} has no tokenizer.json, expected one to read prompts with")
+    model = load(path, dtype=options.dtype)
+    tokenizer = load_tokenizer(tokenizer_path, model.config.vocab_size)
+    prompts = options.prompt or [sys.stdin.read().removesuffix("\n")]
+    texts = [  # nothing runs yet, but what is wrong with any of them is said before the first
+        continue_text(model, tokenizer, prompt, options.max_new_tokens, params, options.stop)
+        for prompt in prompts
+    ]
+    for number, (prompt, pieces) in enumerate(zip(prompts, texts, strict=True)):
+        print("\n" * (2 * (number > 0)) + prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """`dsv3 import`."""
+    from dsv3_jax.export.load import import_hf
+
+    step = import_hf(Path(options.source), Path(options.target))
+    print(f"{step}: train with --set train.init_from={options.target}, or dsv3 generate")
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """`dsv3 export`."""
+    from dsv3_jax.export.huggingface import save_hf
+    from dsv3_jax.export.load import find_tokenizer, load
+
+    path, target = Path(options.checkpoint), Path(options.target)
+    tokenizer_path = find_tokenizer(path)
+    save_hf(
+        load(path, dtype="float32"),
+        target,
+        weights=options.weights,
+        tokenizer_from=None if tokenizer_path is None else tokenizer_path.parent,
+    )
+    print(f"{target}: {options.weights} safetensors for Hugging Face")
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """`dsv3 bench`."""
+    config = _config(options)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats is {options.repeats}, expected at least 1")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
+
+    from dsv3_jax.plan.bench import bench_decode, bench_train, print_report
+
+    run = bench_train if options.what == "train" else bench_decode
+    report = run(config, options.batch_size, options.repeats)
+    print_report(report, as_json=options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

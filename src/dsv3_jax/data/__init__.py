@@ -1,0 +1,1 @@
+"""Text and token arrays to batches: sources, tokenizer, packing, loader."""

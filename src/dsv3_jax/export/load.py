@@ -1,0 +1,109 @@
+"""One door to every checkpoint: Hugging Face directories, run directories, steps of runs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.checkpoint import CheckpointManager, find_step, restore_subtree
+from dsv3_jax.config import ModelConfig, from_dict, to_dict
+from dsv3_jax.config.checks import require, require_one_of
+from dsv3_jax.export.hub_directory import CONFIG, read_hub_config, read_json_object
+from dsv3_jax.export.huggingface import MODEL_DTYPES, TOKENIZER_FILES, load_hf
+from dsv3_jax.export.new_directory import new_directory, require_new
+from dsv3_jax.model.router import SelectionBias
+from dsv3_jax.model.transformer import Transformer
+
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.json"
+
+
+def load(
+    path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> Transformer:
+    """The model of a Hugging Face directory, of a run's newest intact step, or of one step.
+
+    `dtype` is float32, bfloat16 or float16; the selection bias stays FP32. `mesh` is for later:
+    this release loads onto one device. Raises ValueError, one line, that names what is wrong.
+    """
+    require_one_of("dtype", dtype, *MODEL_DTYPES)
+    require(mesh is None, "mesh", mesh, "None: this release loads a model onto one device")
+    root, config = _find_config(Path(path))
+    if "model_type" in config:
+        return load_hf(root, dtype)
+    model_config = _run_model_config(root, config)
+    step = find_step(Path(path))
+    float32 = jnp.dtype(jnp.float32)
+    model = nnx.eval_shape(lambda: Transformer(model_config, rngs=nnx.Rngs(0), dtype=float32))
+    graph, params, selection_bias = nnx.split(model, nnx.Param, SelectionBias)
+    wanted = {"params": params, "selection_bias": selection_bias}
+    state = restore_subtree(step, wanted, prefix="")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), state["params"])
+    return nnx.merge(graph, params, state["selection_bias"])
+
+
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The model's config alone, for every path that `load` takes."""
+    root, config = _find_config(Path(path))
+    if "model_type" in config:
+        return read_hub_config(root)
+    return _run_model_config(root, config)
+
+
+def find_tokenizer(path: str | Path) -> Path | None:
+    """The tokenizer.json that belongs to a checkpoint, for every path that `load` takes."""
+    file = _find_config(Path(path))[0] / TOKENIZER
+    return file if file.is_file() else None
+
+
+def import_hf(source: Path, target: Path) -> Path:
+    """Makes the run directory `target` of a Hugging Face checkpoint; returns its one step.
+
+    Weights are FP32, as a run's are; FP8 scales are not kept. The directory appears whole or not
+    at all. Raises ValueError where `target` exists and is not empty, else as `load_hf` does.
+    """
+    require_new(target)
+    model = load_hf(source)
+    # Named as the trainer's state is, so that both are read in one way.
+    params, selection_bias = nnx.state(model, nnx.Param), nnx.state(model, SelectionBias)
+    state = {"params": params, "selection_bias": selection_bias}
+    with new_directory(target) as directory:
+        with CheckpointManager(directory / CHECKPOINTS, keep=1) as manager:
+            manager.save(0, state, {"step": 0, "imported_from": str(source)})
+        run = {"model": to_dict(model.config), "imported_from": str(source)}
+        (directory / CONFIG).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+    return target / CHECKPOINTS / "0"
+
+
+def _find_config(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory whose config.json tells what `path` is, and that file's content."""
+    expected = "expected a Hugging Face directory, a run directory or one of its steps"
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise ValueError(f"{path}: found {found}, {expected}")
+    path = path.absolute()
+    is_step = path.parent.name == CHECKPOINTS and not (path / CONFIG).exists()
+    root = path.parent.parent if is_step else path
+    if not (root / CONFIG).is_file():
+        content = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "no files"
+        raise ValueError(f"{path}: found {content}, {expected}, with a {CONFIG}")
+    config = read_json_object(root / CONFIG)
+    if not is_step and "model_type" in config:
+        return root, config
+    if not isinstance(config.get("model"), dict):
+        raise ValueError(f"{root / CONFIG}: found neither model_type nor model in it, {expected}")
+    return root, config
+
+
+def _run_model_config(root: Path, config: dict[str, Any]) -> ModelConfig:
+    try:
+        return from_dict(ModelConfig, config["model"], "model")
+    except ValueError as error:
+        raise ValueError(f"{root / CONFIG}: {error}") from error

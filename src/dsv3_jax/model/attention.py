@@ -1,0 +1,180 @@
+"""Multi-head latent attention, expanded (training, prefill) and absorbed (decode).
+
+Keys and values of a token are up-projections of one latent c_KV of `kv_lora_rank` values; one
+rotary key k_R of `qk_rope_head_dim` values is shared by all heads. Only [c_KV ; k_R] is cached.
+
+    expanded   k = [W_UK c_KV ; k_R], v = W_UV c_KV, then ordinary causal attention
+    absorbed   score = (W_UK^T q_nope) . c_KV + q_rope . k_R,  out = W_UV (probs . c_KV)
+
+Both give the same numbers; the absorbed form never expands the cache.
+Source: DeepSeek-V3 Technical Report §2.1.1 (equations 1-11).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.linear import Linear
+from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
+from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
+
+QUERY_CHUNK = 64
+"""Fewest queries of one chunk of `causal_attention`."""
+MAX_QUERY_CHUNKS = 8
+MASKED = -1e30
+"""Score of a masked key: finite, so that a fully masked row stays NaN-free."""
+
+
+def causal_attention(
+    q: Float[Array, "batch heads seq qk_dim"],
+    k: Float[Array, "batch heads seq qk_dim"],
+    v: Float[Array, "batch heads seq v_dim"],
+    scale: float,
+    documents: Int[Array, "batch seq"] | None,
+) -> Float[Array, "batch heads seq v_dim"]:
+    """softmax(scale * q k^T) v over the keys at or before each query, softmax in FP32.
+
+    Queries go in up to 8 chunks, each against only the keys it may see, so that at most 9/16 of the
+    square is computed. With `documents`, a query sees only keys of its own document.
+    """
+    seq = q.shape[2]
+    chunk = max(QUERY_CHUNK, -(-seq // MAX_QUERY_CHUNKS))
+    outputs = []
+    for start in range(0, seq, chunk):
+        stop = min(start + chunk, seq)
+        scores = jnp.einsum(
+            "bhqd,bhkd->bhqk",
+            q[:, :, start:stop],
+            k[:, :, :stop],
+            preferred_element_type=jnp.float32,
+        )
+        visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+        if documents is not None:
+            same = documents[:, start:stop, None] == documents[:, None, :stop]
+            visible = visible & same[:, None]
+        probs = jax.nn.softmax(jnp.where(visible, scores * scale, MASKED), axis=-1)
+        outputs.append(jnp.einsum("bhqk,bhkd->bhqd", probs.astype(v.dtype), v[:, :, :stop]))
+    return jnp.concatenate(outputs, axis=2)
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """MLA with Hugging Face's parameter names. `q_lora_rank=None` has one `q_proj`.
+
+    `recompute` wraps the part from latents to head outputs: identity, or `jax.checkpoint` to redo
+    the up-projections in backward instead of keeping q, k and v.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        recompute: Callable[[Callable], Callable],
+    ):
+        heads, std = config.num_attention_heads, config.initializer_range
+        shape = {"std": std, "dtype": dtype, "rngs": rngs}
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim, **shape)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, **shape)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS, dtype=dtype)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, **shape)
+        latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, latent_dim, **shape)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS, dtype=dtype)
+        up_dim = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = Linear(config.kv_lora_rank, up_dim, **shape)
+        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, **shape)
+        self.config = config
+        self.scale = softmax_scale(config)
+        self.recompute = recompute
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rotary: Rotary,
+        documents: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "batch seq latent"]]:
+        """Expanded form over whole sequences: the output, and the latents a cache would hold."""
+        latent = self.compress(x, rotary)
+        attend = self.recompute(self._attend_expanded)
+        return self.o_proj(attend(self._query_input(x), latent, rotary, documents)), latent
+
+    def compress(
+        self, x: Float[Array, "batch seq hidden"], rotary: Rotary
+    ) -> Float[Array, "batch seq latent"]:
+        """[c_KV ; k_R] of each token: the latent after its norm, the shared key after RoPE."""
+        rank = self.config.kv_lora_rank
+        c_and_k = self.kv_a_proj_with_mqa(x)
+        c_kv = self.kv_a_layernorm(c_and_k[..., :rank])
+        return jnp.concatenate([c_kv, rotate(c_and_k[..., rank:], rotary)], axis=-1)
+
+    def decode(
+        self,
+        x: Float[Array, "batch queries hidden"],
+        rotary: Rotary,
+        cache: Float[Array, "batch cached latent"],
+        positions: Int[Array, "batch queries"],
+    ) -> Float[Array, "batch queries hidden"]:
+        """Absorbed form: each query attends to the cache at indices 0 to its own position.
+
+        The cache already holds the queries' own latents (from `compress`).
+        """
+        c, heads = self.config, self.config.num_attention_heads
+        q_nope, q_rope = self._queries(self._query_input(x), rotary)
+        up = self.kv_b_proj.weight[...].reshape(heads, -1, c.kv_lora_rank)
+        w_uk, w_uv = up[:, : c.qk_nope_head_dim], up[:, c.qk_nope_head_dim :]
+        q_latent = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_uk), q_rope], axis=-1)
+        scores = jnp.einsum("bqhl,bkl->bhqk", q_latent, cache, preferred_element_type=jnp.float32)
+        visible = jnp.arange(cache.shape[1]) <= positions[:, None, :, None]
+        probs = jax.nn.softmax(jnp.where(visible, scores * self.scale, MASKED), axis=-1)
+        c_kv = cache[..., : c.kv_lora_rank]
+        mixed = jnp.einsum("bhqk,bkr->bqhr", probs.astype(c_kv.dtype), c_kv)
+        out = jnp.einsum("bqhr,hvr->bqhv", mixed, w_uv)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+    def _query_input(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq width"]:
+        """What the queries' up-projection reads: the normed query latent, or x itself."""
+        if self.config.q_lora_rank is None:
+            return x
+        return self.q_a_layernorm(self.q_a_proj(x))
+
+    def _queries(
+        self, query_input: Float[Array, "batch seq width"], rotary: Rotary
+    ) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads rope"]]:
+        """q_C and rotated q_R of every head."""
+        c = self.config
+        project = self.q_proj if c.q_lora_rank is None else self.q_b_proj
+        q = project(query_input).reshape(*query_input.shape[:2], -1, c.qk_head_dim)
+        return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rotary)
+
+    def _attend_expanded(
+        self,
+        query_input: Float[Array, "batch seq width"],
+        latent: Float[Array, "batch seq latent"],
+        rotary: Rotary,
+        documents: Int[Array, "batch seq"] | None,
+    ) -> Float[Array, "batch seq values"]:
+        """The heads' outputs side by side, before o_proj."""
+        c, heads = self.config, self.config.num_attention_heads
+        batch, seq = latent.shape[:2]
+        q = jnp.concatenate(self._queries(query_input, rotary), axis=-1)
+        kv = self.kv_b_proj(latent[..., : c.kv_lora_rank]).reshape(batch, seq, heads, -1)
+        k_rope = jnp.broadcast_to(
+            latent[:, :, None, c.kv_lora_rank :], (batch, seq, heads, c.qk_rope_head_dim)
+        )
+        k = jnp.concatenate([kv[..., : c.qk_nope_head_dim], k_rope], axis=-1)
+        out = causal_attention(
+            q.swapaxes(1, 2),
+            k.swapaxes(1, 2),
+            kv[..., c.qk_nope_head_dim :].swapaxes(1, 2),
+            self.scale,
+            documents,
+        )
+        return out.swapaxes(1, 2).reshape(batch, seq, -1)

@@ -1,0 +1,115 @@
+"""Transformer blocks: attention and a feed-forward part, each behind an RMSNorm."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import MultiHeadLatentAttention
+from dsv3_jax.model.mlp import MLP
+from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.norm import RMSNorm
+from dsv3_jax.model.rope import Rotary
+from dsv3_jax.model.router import LoadStatistics
+
+
+class Recompute(NamedTuple):
+    """What backward computes again; each field wraps a function (identity or jax.checkpoint)."""
+
+    norm: Callable[[Callable], Callable]
+    up_projection: Callable[[Callable], Callable]
+    block: Callable[[Callable], Callable]
+
+
+def _keep(function: Callable) -> Callable:
+    return function
+
+
+RECOMPUTE = {
+    "none": Recompute(_keep, _keep, _keep),
+    "selective": Recompute(jax.checkpoint, jax.checkpoint, _keep),
+    "full": Recompute(_keep, _keep, jax.checkpoint),
+}
+"""By `train.remat`. `selective` is the published choice: every RMSNorm and the MLA up-projections
+(here with the attention that follows them, whose q, k and v they are)."""
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with a dense MLP or a MoE."""
+
+    mlp: Any
+    """A MoE where the block is routed, else an MLP."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        routed: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        recompute: Recompute,
+    ):
+        norm = {"eps": config.rms_norm_eps, "dtype": dtype}
+        self.input_layernorm = RMSNorm(config.hidden_size, **norm)
+        self.self_attn = MultiHeadLatentAttention(
+            config, dtype=dtype, rngs=rngs, recompute=recompute.up_projection
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
+        if routed:
+            self.mlp = MoE(config, dtype=dtype, rngs=rngs)
+        else:
+            self.mlp = MLP(
+                config.hidden_size,
+                config.intermediate_size,
+                std=config.initializer_range,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        self.routed = routed
+        self.recompute_norm = recompute.norm
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rotary: Rotary,
+        documents: Int[Array, "batch seq"] | None = None,
+        valid: int | None = None,
+    ) -> tuple[
+        Float[Array, "batch seq hidden"], Float[Array, "batch seq latent"], LoadStatistics | None
+    ]:
+        """The output, the latents a cache would hold, and (MoE only) the load."""
+        with jax.named_scope("attention"):
+            normed = self.recompute_norm(self.input_layernorm)(x)
+            attended, latent = self.self_attn(normed, rotary, documents)
+            x = x + attended
+        y, statistics = self._feed_forward(x, valid)
+        return x + y, latent, statistics
+
+    def decode(
+        self,
+        x: Float[Array, "batch queries hidden"],
+        rotary: Rotary,
+        cache: Float[Array, "batch cached latent"],
+        positions: Int[Array, "batch queries"],
+    ) -> tuple[Float[Array, "batch queries hidden"], Float[Array, "batch cached latent"]]:
+        """The output for new tokens at `positions`, and the cache with their latents written."""
+        normed = self.input_layernorm(x)
+        latent = self.self_attn.compress(normed, rotary)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache = cache.at[rows, positions].set(latent.astype(cache.dtype))
+        x = x + self.self_attn.decode(normed, rotary, cache, positions)
+        return x + self._feed_forward(x, None)[0], cache
+
+    def _feed_forward(
+        self, x: Float[Array, "batch seq hidden"], valid: int | None
+    ) -> tuple[Float[Array, "batch seq hidden"], LoadStatistics | None]:
+        normed = self.recompute_norm(self.post_attention_layernorm)(x)
+        if self.routed:
+            return self.mlp(normed, valid)
+        with jax.named_scope("dense_mlp"):
+            return self.mlp(normed), None

@@ -1,0 +1,222 @@
+"""The whole model: embedding, dense layers, MoE layers, final norm, head, MTP modules."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import RECOMPUTE, Block
+from dsv3_jax.model.linear import Embedding, Linear, linear
+from dsv3_jax.model.mtp import MultiTokenPredictor
+from dsv3_jax.model.norm import RMSNorm
+from dsv3_jax.model.rope import Rotary, rotary
+from dsv3_jax.model.router import LoadStatistics
+
+
+class HiddenStates(NamedTuple):
+    """Normed hidden states, ready for the head, and the load of every routed layer."""
+
+    main: Float[Array, "batch seq hidden"]
+    mtp: tuple[Float[Array, "batch seq hidden"], ...]
+    """One for each MTP depth k; its last k positions have no target."""
+    load: Float[Array, "routed_layers experts"]
+    """Tokens to each expert: main model's MoE layers in order, then the MTP modules."""
+    balance_loss: Float[Array, " routed_layers"]
+
+
+class Transformer(nnx.Module):
+    """DeepSeek-V3 with Hugging Face's parameter names.
+
+    Layers of one kind are stacked: every array of `dense_layers` and `moe_layers` has the layer as
+    its first dim, of `mtp` the depth. They are scanned, so that compile time does not grow with
+    depth, or unrolled with `scan_layers=False`. `remat` is one of none, selective, full.
+
+    Raises ValueError for an unknown `remat`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        scan_layers: bool = True,
+    ):
+        if remat not in RECOMPUTE:
+            raise ValueError(f"remat is {remat!r}, expected one of {', '.join(RECOMPUTE)}")
+        recompute = RECOMPUTE[remat]
+        weights = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
+
+        def block(routed: bool) -> Callable[[nnx.Rngs], Block]:
+            return lambda rngs: Block(
+                config, routed=routed, dtype=dtype, rngs=rngs, recompute=recompute
+            )
+
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **weights)
+        if config.num_dense_layers:
+            self.dense_layers = stack(config.num_dense_layers, block(False), rngs)
+        if config.num_moe_layers:
+            self.moe_layers = stack(config.num_moe_layers, block(True), rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, **weights)
+        if config.num_nextn_predict_layers:
+            self.mtp = stack(
+                config.num_nextn_predict_layers,
+                lambda rngs: MultiTokenPredictor(
+                    config, dtype=dtype, rngs=rngs, recompute=recompute
+                ),
+                rngs,
+            )
+        self.config = config
+        self.scan_layers = scan_layers
+        self.recompute_block = recompute.block
+
+    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
+        """Next-token logits in FP32."""
+        return self.logits(self.main_hidden(tokens)[0])
+
+    def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
+        """Token embeddings in the dtype of the layers.
+
+        Training keeps the table itself in FP32: the gradients of a frequent token's many places
+        are added up in the table's dtype, and BF16 stops counting at 256.
+        """
+        return self.embed_tokens(tokens).astype(self.lm_head.weight[...].dtype)
+
+    def logits(self, hidden: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq vocab"]:
+        """The head's FP32 logits of normed hidden states (`HiddenStates.main` or `.mtp`)."""
+        return linear(hidden, self.lm_head.weight[...], jnp.float32)
+
+    def hidden_states(
+        self,
+        rows: Int[Array, "batch seq_and_one"],
+        documents: Int[Array, "batch seq"] | None = None,
+    ) -> HiddenStates:
+        """Everything a loss needs, from rows of seq + 1 tokens.
+
+        The main model reads the first seq tokens; the MTP module of depth k also the token k ahead
+        of each (0 stands in where the row has ended, at positions that have no target).
+        """
+        tokens = rows[:, :-1]
+        seq = tokens.shape[1]
+        hidden, _, statistics = self.main_hidden(tokens, documents)
+        main, mtp = hidden, []
+        if self.config.num_nextn_predict_layers:
+            angles = self._angles(seq)
+            for depth, module in enumerate(unstack(self.mtp), start=1):
+                ahead = jnp.pad(rows[:, depth:], ((0, 0), (0, depth - 1)))
+                embedded = self.embed(ahead)
+                hidden, of_depth = module(hidden, embedded, angles, documents, seq - depth)
+                mtp.append(hidden)
+                statistics.append(jax.tree.map(lambda leaf: leaf[None], of_depth))
+        if not statistics:
+            empty = jnp.zeros((0,), jnp.float32)
+            return HiddenStates(main, tuple(mtp), empty.reshape(0, 0), empty)
+        load, balance = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
+        return HiddenStates(main, tuple(mtp), load, balance)
+
+    def main_hidden(
+        self,
+        tokens: Int[Array, "batch seq"],
+        documents: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[
+        Float[Array, "batch seq hidden"],
+        Float[Array, "layers batch seq latent"],
+        list[LoadStatistics],
+    ]:
+        """Normed hidden states, the latents of every layer, and the load of the MoE layers."""
+        angles = self._angles(tokens.shape[1])
+        with jax.named_scope("embedding"):
+            x = self.embed(tokens)
+
+        def step(block: Block, x, _):
+            x, latent, statistics = self.recompute_block(block)(x, angles, documents)
+            return x, (latent, statistics)
+
+        latents, statistics = [], []
+        for layers, count in self._stacks():
+            x, (latent, of_stack) = self._run(step, layers, count, x, None)
+            latents.append(latent)
+            if of_stack is not None:
+                statistics.append(of_stack)
+        with jax.named_scope("final_norm"):
+            return self.norm(x), jnp.concatenate(latents), statistics
+
+    def decode(
+        self,
+        tokens: Int[Array, "batch queries"],
+        positions: Int[Array, "batch queries"],
+        cache: Float[Array, "layers batch cached latent"],
+        layers: list[Block] | None = None,
+    ) -> tuple[Float[Array, "batch queries hidden"], Float[Array, "layers batch cached latent"]]:
+        """Normed hidden states of new tokens at `positions`, and the cache with them added.
+
+        `layers` (from `unstacked_layers`) are run one by one; None scans the stacks, which reads
+        each weight through a copy on CPU but needs no second set of weights.
+        """
+        angles = rotary(self.config, positions)
+        x = self.embed(tokens)
+        if layers is not None:
+            for index, layer in enumerate(layers):
+                x, of_layer = layer.decode(x, angles, cache[index], positions)
+                cache = cache.at[index].set(of_layer)
+            return self.norm(x), cache
+
+        def step(block: Block, x, cache_of_layer):
+            return block.decode(x, angles, cache_of_layer, positions)
+
+        first, caches = 0, []
+        for stacked, count in self._stacks():
+            x, updated = self._run(step, stacked, count, x, cache[first : first + count])
+            caches.append(updated)
+            first += count
+        return self.norm(x), jnp.concatenate(caches)
+
+    def unstacked_layers(self) -> list[Block]:
+        """The main model's layers in order, each with its own arrays (a second set of weights)."""
+        return [layer for stacked, _ in self._stacks() for layer in unstack(stacked)]
+
+    def _stacks(self) -> list[tuple[Block, int]]:
+        """The stacked blocks in order of execution, with their numbers of layers."""
+        stacks = []
+        if self.config.num_dense_layers:
+            stacks.append((self.dense_layers, self.config.num_dense_layers))
+        if self.config.num_moe_layers:
+            stacks.append((self.moe_layers, self.config.num_moe_layers))
+        return stacks
+
+    def _run(self, step: Callable, layers: Block, count: int, x, per_layer):
+        """`step(block, x, item)` through the stack; the second results stacked by layer."""
+        graph, state = nnx.split(layers)
+
+        def body(x, scanned):
+            layer, item = scanned
+            return step(nnx.merge(graph, layer), x, item)
+
+        unroll = 1 if self.scan_layers else True
+        return jax.lax.scan(body, x, (state, per_layer), length=count, unroll=unroll)
+
+    def _angles(self, seq: int) -> Rotary:
+        """Rotary angles of positions 0 to seq - 1, one row that serves the whole batch."""
+        return rotary(self.config, jnp.arange(seq)[None])
+
+
+def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules as one whose arrays have a new first dim, each with its own random numbers.
+
+    >>> routers = stack(58, lambda rngs: Router(config, dtype=jnp.float32, rngs=rngs), nnx.Rngs(0))
+    """
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def unstack[M: nnx.Module](modules: M) -> list[M]:
+    """The modules of a stack, one by one."""
+    graph, state = nnx.split(modules)
+    count = jax.tree.leaves(state)[0].shape[0]
+    return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(count)]

@@ -1,0 +1,1 @@
+"""How tokens reach experts. On one device: which rows each expert gets."""

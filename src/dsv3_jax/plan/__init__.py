@@ -1,0 +1,1 @@
+"""What programs cost: measured on this machine."""

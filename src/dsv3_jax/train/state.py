@@ -1,0 +1,49 @@
+"""Everything a training step changes, as one pytree."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from dsv3_jax.config import OptimizerConfig, RunConfig
+from dsv3_jax.model.router import SelectionBias
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.train.optimizer import Moments, init_moments
+
+STACKS = ("dense_layers", "moe_layers", "mtp")
+"""Attributes of the model whose arrays have the layer as their first dim."""
+
+
+class TrainState(NamedTuple):
+    """FP32 master weights, selection biases, AdamW moments, steps done."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    selection_bias: nnx.State
+    moments: Moments
+
+
+def build_model(config: RunConfig, rngs: nnx.Rngs) -> Transformer:
+    """The run's model in FP32, initialised from `rngs`."""
+    return Transformer(
+        config.model, rngs=rngs, remat=config.train.remat, scan_layers=config.train.scan_layers
+    )
+
+
+def split_model(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(structure, parameters, selection biases); what else a model carries is left behind."""
+    graph = nnx.graphdef(model)
+    return graph, nnx.state(model, nnx.Param), nnx.state(model, SelectionBias)
+
+
+def init_state(config: OptimizerConfig, params: nnx.State, selection_bias: nnx.State) -> TrainState:
+    """The state before the first step."""
+    moments = init_moments(config, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, selection_bias, moments)
+
+
+def is_stacked(params: nnx.State) -> nnx.State:
+    """True for every tensor that holds several layers."""
+    return jax.tree.map_with_path(lambda path, _: path[0].key in STACKS, params)

@@ -1,0 +1,150 @@
+"""One optimizer step as one jitted function."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.train.balance import update_selection_bias
+from dsv3_jax.train.loss import Losses, loss_mask, training_loss
+from dsv3_jax.train.optimizer import GradientNorm, adamw_update, clip_factor, gradient_norm
+from dsv3_jax.train.state import TrainState, is_stacked
+
+COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+class StepSettings(NamedTuple):
+    """What the schedules say for this step."""
+
+    micro_batches: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+    mtp_weight: Float[Array, ""]
+    bias_update_rate: Float[Array, ""]
+
+
+class StepReport(NamedTuple):
+    """What a step tells: its losses before the update, its gradients' norms, the experts' load."""
+
+    losses: Losses
+    gradient_norm: GradientNorm
+    load: Float[Array, "routed_layers experts"]
+    finite: Bool[Array, ""]
+    """False if the loss or a gradient was not; the state is then unchanged."""
+
+
+TrainStep = Callable[..., tuple[TrainState, StepReport]]
+
+
+def compute_params(params: nnx.State, recipe: str) -> nnx.State:
+    """The weights in the dtype the model computes in; embedding, norms and routers stay FP32."""
+
+    def cast(path, leaf):
+        names = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
+        kept_names = {"gate", "embed_tokens"}
+        keep = not kept_names.isdisjoint(names) or any("norm" in name for name in names)
+        return leaf if keep else leaf.astype(COMPUTE_DTYPES[recipe])
+
+    return jax.tree.map_with_path(cast, params)
+
+
+def make_train_step(graph: nnx.GraphDef, config: RunConfig) -> TrainStep:
+    """`step(state, rows, documents, settings)`, jitted, its state donated.
+
+    `rows` is int32 [accumulation, part, seq + 1]; the first `settings.micro_batches` parts are
+    used. `documents` is the same shape or None. Losses and gradients are the whole batch's means.
+    """
+
+    def losses_of(params, bias, rows, documents, predictions, sequences, mtp_weight):
+        model: Transformer = nnx.merge(graph, compute_params(params, config.precision.recipe), bias)
+        return training_loss(
+            model,
+            rows,
+            documents,
+            predictions=predictions,
+            sequences=sequences,
+            mtp_weight=mtp_weight,
+            balance_weight=config.loss.balance_weight,
+        )
+
+    differentiate = jax.value_and_grad(losses_of, has_aux=True)
+
+    def batch_gradients(state, rows, documents, settings):
+        parts = rows.shape[0]
+        used = jnp.arange(parts) < settings.micro_batches
+        predictions = _count_predictions(rows, documents, used)
+        sequences = (jnp.sum(used) * rows.shape[1]).astype(jnp.float32)
+
+        def part_gradients(index):
+            (_, (losses, load)), gradients = differentiate(
+                state.params,
+                state.selection_bias,
+                rows[index],
+                None if documents is None else documents[index],
+                predictions,
+                sequences,
+                settings.mtp_weight,
+            )
+            return losses, load, gradients
+
+        if parts == 1:
+            return part_gradients(0)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part_gradients, 0)
+        )
+        add = lambda index, total: jax.tree.map(jnp.add, total, part_gradients(index))  # noqa: E731
+        return jax.lax.fori_loop(0, settings.micro_batches, add, zeros)
+
+    def step(state, rows, documents, settings):
+        losses, load, gradients = batch_gradients(state, rows, documents, settings)
+        with jax.named_scope("optimizer"):
+            norm = gradient_norm(gradients, is_stacked(gradients))
+            factor = clip_factor(norm.total, config.optimizer.clip_norm)
+            clipped = jax.tree.map(lambda g: g * factor, gradients)
+            params, moments = adamw_update(
+                config.optimizer,
+                state.params,
+                state.moments,
+                clipped,
+                step=state.step + 1,
+                learning_rate=settings.learning_rate,
+            )
+            new = TrainState(
+                state.step + 1,
+                params,
+                _update_biases(state.selection_bias, load, settings.bias_update_rate),
+                moments,
+            )
+        finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm.total)
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        return kept, StepReport(losses, norm, load, finite)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _count_predictions(
+    rows: Int[Array, "parts batch seq_and_one"],
+    documents: Int[Array, "parts batch seq_and_one"] | None,
+    used: Bool[Array, " parts"],
+) -> Float[Array, ""]:
+    """Next-token targets of the used parts of the batch."""
+    if documents is None:
+        return (jnp.sum(used) * (rows.shape[1] * (rows.shape[2] - 1))).astype(jnp.float32)
+    return jnp.sum(jnp.where(used[:, None, None], jax.vmap(loss_mask)(documents), 0))
+
+
+def _update_biases(
+    biases: nnx.State, load: Float[Array, "routed_layers experts"], rate: Float[Array, ""]
+) -> nnx.State:
+    """Every router's bias moved by its own load: MoE layers first, then the MTP modules."""
+
+    def update(path, bias):
+        is_mtp = path[0].key == "mtp"
+        of_stack = load[load.shape[0] - bias.shape[0] :] if is_mtp else load[: bias.shape[0]]
+        return update_selection_bias(bias, of_stack, rate)
+
+    return jax.tree.map_with_path(update, biases)
