@@ -1,5 +1,6 @@
 """Saving, being killed, damage, mismatches, full disks: what a step on disk may and may not be."""
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -315,7 +317,25 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
         assert "File too large" in lines[i]
         assert lines[i + 1] == "left: ['1'] [1]"
     assert lines[6:] == ["left: ['2'] [2]", "threads: 1"]
-    assert "ERROR" not in run.stderr and "never retrieved" not in run.stderr
+    assert run.stderr == ""
+
+
+def test_only_lost_writes_are_silenced(tmp_path, caplog, monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: reported.append(args.exc_value))
+    with CheckpointManager(tmp_path, keep=1):
+        pass
+    for message in ("Error writing in 2.orbax-checkpoint-tmp/state", "error of the caller"):
+        logging.getLogger("asyncio").error("never retrieved", exc_info=ValueError(message))
+    assert ["of the caller" in record.exc_text for record in caplog.records] == [True]
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError, match="Event loop is closed") as closed:
+        loop.call_soon_threadsafe(print)
+    own_frame = closed.value.__traceback__
+    for stack in (own_frame.tb_next, own_frame):  # as a native thread calls it, as a caller does
+        sys.unraisablehook(SimpleNamespace(exc_value=closed.value, exc_traceback=stack))
+    assert reported == [closed.value]
 
 
 KILLED = """

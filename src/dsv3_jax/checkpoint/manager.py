@@ -22,8 +22,10 @@ import contextlib
 import json
 import logging
 import shutil
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,8 @@ class CheckpointManager(contextlib.AbstractContextManager):
         # For good: asyncio reports lost writes when they are collected, at exit at the latest.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_orbax_traceback)
+        if not isinstance(sys.unraisablehook, _WithoutLostWrites):
+            sys.unraisablehook = _WithoutLostWrites(sys.unraisablehook)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -402,7 +406,24 @@ def _delete(path: Path) -> None:
 def _is_not_orbax_traceback(record: logging.LogRecord) -> bool:
     """A log filter against tracebacks out of orbax: it logs one failed write from each of its
     threads, hundreds of lines, and then raises it, which `CheckpointManager` passes on, once."""
-    if not record.exc_info or record.exc_info[2] is None:
+    if not record.exc_info or record.exc_info[1] is None:
         return True
-    frames = traceback.extract_tb(record.exc_info[2])
-    return not any("orbax" in Path(frame.filename).parts for frame in frames)
+    _, error, stack = record.exc_info
+    # A write whose result nobody fetched was never raised: its message names the directory.
+    frames = traceback.extract_tb(stack)
+    from_orbax = any("orbax" in Path(frame.filename).parts for frame in frames)
+    return not from_orbax and _TMP_SUFFIX not in str(error)
+
+
+class _WithoutLostWrites:
+    """A `sys.unraisablehook` against the tracebacks of writes that end after a failed one closed
+    their event loop: their native threads report them, where no caller can catch them."""
+
+    def __init__(self, hook: Callable[[Any], Any]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        within_asyncio = {Path(frame.filename).parent.name for frame in frames} == {"asyncio"}
+        if not (within_asyncio and str(unraisable.exc_value) == "Event loop is closed"):
+            self._hook(unraisable)
