@@ -51,13 +51,18 @@ def test_a_later_token_changes_nothing_earlier():
     changed = tokens.copy()
     changed[:, 6] = (changed[:, 6] + 1) % config["vocab_size"]
     one, other = (forward(config, weights, batch) for batch in (tokens, changed))
-    np.testing.assert_array_equal(one.logits[:, :6], other.logits[:, :6])
-    assert np.all(np.any(one.logits[:, 6:] != other.logits[:, 6:], axis=-1))
+    assert changed_positions(one.logits, other.logits) == [6, 7, 8]
     for depth in (1, 2):  # position i reads tokens up to i + depth
         first, second = one.mtp_logits[depth - 1], other.mtp_logits[depth - 1]
-        assert first.shape[1] == 9 - depth
-        np.testing.assert_array_equal(first[:, : 6 - depth], second[:, : 6 - depth])
-        assert np.all(np.any(first[:, 6 - depth :] != second[:, 6 - depth :], axis=-1))
+        assert changed_positions(first, second) == list(range(6 - depth, 9 - depth))
+
+
+def changed_positions(one, other):
+    """Where rows differ by more than rounding, which in BLAS varies with memory alignment."""
+    assert one.shape == other.shape
+    changed = np.max(np.abs(one - other), axis=-1) > 1e-12
+    np.testing.assert_array_equal(changed, changed[:1].repeat(len(changed), axis=0))
+    return np.flatnonzero(changed[0]).tolist()
 
 
 def test_packed_documents_equal_documents_alone():
@@ -83,7 +88,7 @@ def test_copies_of_embedding_and_head_are_ignored():
         "model.layers.2.shared_head.head.weight": np.full((23, 12), np.nan),
     }
     one, other = (forward(config, w, tokens) for w in (weights, weights | noise))
-    np.testing.assert_array_equal(one.mtp_logits[0], other.mtp_logits[0])
+    np.testing.assert_allclose(one.mtp_logits[0], other.mtp_logits[0], atol=1e-12)
 
 
 def test_mtp_module_takes_embedding_first_and_the_normed_hidden_state():
