@@ -355,7 +355,7 @@ def test_what_a_stopped_run_says_is_saved_is_saved(tmp_path, metrics, monkeypatc
 def test_a_killed_run_goes_on_to_the_bit(folder, tmp_path, metrics):
     """kill -9 after any step but the last."""
     place = make_folder(tmp_path / "killed")
-    process = start(place, 0.1)
+    process = start(place, 0.2)
     wait_for_steps(process, place, random.randint(1, STEPS - 3))
     process.kill()
     process.communicate()
@@ -370,7 +370,6 @@ def test_a_run_that_is_killed_all_the_time_goes_on_to_the_bit(tmp_path, metrics,
     """At moments of start-up, steps and saves, one a step; the first without a compile cache."""
     if seed == 0:
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    wanted = (4, 8)[seed]
     place = make_folder(tmp_path / "killed")
     (place / "config.py").write_text(CONFIG.replace("checkpoint_every=4", "checkpoint_every=1"))
     generator = random.Random(seed)
@@ -380,16 +379,15 @@ def test_a_run_that_is_killed_all_the_time_goes_on_to_the_bit(tmp_path, metrics,
     start_up_seconds = time.monotonic() - began
     process.kill()
     process.communicate()
-    kills = 0
-    while kills < wanted and process.returncode != 0:
+    for _ in range((3, 6)[seed]):
         process = start(place, 0.1)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(start_up_seconds * generator.uniform(0.5, 1.3))
+        killed_at = time.monotonic() + start_up_seconds * generator.uniform(0.5, 1.3)
+        enough = min(steps_written(place) + 2, STEPS - 2)  # on a machine that is faster by now
+        while time.monotonic() < killed_at and steps_written(place) < enough:
+            time.sleep(0.01)
         process.kill()
         errors = process.communicate()[1]
-        assert process.returncode in (0, -signal.SIGKILL), errors
-        kills += process.returncode != 0
-    assert kills > 1
+        assert process.returncode == -signal.SIGKILL, errors
     run_here(place)
     assert_same_run(place, metrics)
 
