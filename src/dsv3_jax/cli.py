@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3_jax.config import RunConfig, apply_overrides, read_config
+from dsv3_jax.environment import restart_with_huge_pages
 
 EXAMPLES = """examples:
   dsv3 train configs/demo.py --set train.steps=200
@@ -34,6 +35,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.split())
         self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """`main` as a command of its own, in a process set up for it."""
+    restart_with_huge_pages()
+    return main(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +105,12 @@ def parser() -> Parser:
     generate.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
     generate.add_argument("--top-p", type=float, default=1.0, help="1 keeps all (default)")
     generate.add_argument("--stop", action="append", default=[], help="text to end at; repeatable")
-    generate.add_argument("--seed", type=int, default=0, help="(default 0)")
+    generate.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first prompt, counted up for the others (default 0)",
+    )
     _add_dtype(generate)
 
     importing = command("import", run_import, "Make a run directory of a Hugging Face checkpoint.")
@@ -147,7 +159,10 @@ def run_train(options: argparse.Namespace) -> int:
 
     initial = tokenizer = None
     if config.train.init_from is not None:
-        config, initial, tokenizer = _initialise_from(config, Path(config.train.init_from))
+        changed = [setting.partition("=")[0].strip() for setting in options.set]
+        fields = [name.removeprefix("model.") for name in changed if name.startswith("model.")]
+        path = Path(config.train.init_from)
+        config, initial, tokenizer = _initialise_from(config, path, fields)
     try:
         train(config, initial=initial, tokenizer=tokenizer)
     except Interrupted as stop:
@@ -159,12 +174,22 @@ def _config(options: argparse.Namespace) -> RunConfig:
     return apply_overrides(read_config(options.config), options.set)
 
 
-def _initialise_from(config: RunConfig, path: Path):
-    """The config with the checkpoint's model, that model, and the tokenizer that belongs to it."""
+def _initialise_from(config: RunConfig, path: Path, model_fields: list[str]):
+    """The config with the checkpoint's model, that model, and the tokenizer that belongs to it.
+
+    Raises ValueError where a field of `model_fields`, set by the user, is another than there.
+    """
     from dsv3_jax.data.tokenizer import load_tokenizer
     from dsv3_jax.export.load import find_tokenizer, load, read_model_config
 
     model_config = read_model_config(path)
+    for field in (name.partition(".")[0] for name in model_fields):
+        wanted, found = getattr(config.model, field), getattr(model_config, field)
+        if wanted != found:
+            raise ValueError(
+                f"--set model.{field} is {wanted!r}, expected {found!r} or nothing: the model is"
+                f" that of train.init_from {path}"
+            )
     config = dataclasses.replace(config, model=model_config)
     tokenizer_path = find_tokenizer(path)
     tokenizer = None
@@ -185,22 +210,24 @@ def run_generate(options: argparse.Namespace) -> int:
     from dsv3_jax.serve.sampler import SamplingParams
     from dsv3_jax.serve.text import continue_text
 
-    params = SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    params = [
+        SamplingParams(
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=seed
+        )
+        for seed in range(options.seed, options.seed + len(options.prompt or [None]))
+    ]
     path = Path(options.checkpoint)
     tokenizer_path = find_tokenizer(path)
     if tokenizer_path is None:
         raise ValueError(f"{path} has no tokenizer.json, expected one to read prompts with")
     model = load(path, dtype=options.dtype)
     tokenizer = load_tokenizer(tokenizer_path, model.config.vocab_size)
+    if options.prompt is None and sys.stdin.isatty():
+        print("dsv3 generate: reading the prompt, to the end of the file", file=sys.stderr)
     prompts = options.prompt or [sys.stdin.read().removesuffix("\n")]
     texts = [  # nothing runs yet, but what is wrong with any of them is said before the first
-        continue_text(model, tokenizer, prompt, options.max_new_tokens, params, options.stop)
-        for prompt in prompts
+        continue_text(model, tokenizer, prompt, options.max_new_tokens, sampling, options.stop)
+        for prompt, sampling in zip(prompts, params, strict=True)
     ]
     for number, (prompt, pieces) in enumerate(zip(prompts, texts, strict=True)):
         print("\n" * (2 * (number > 0)) + prompt, end="", flush=True)
@@ -253,4 +280,4 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -201,7 +201,8 @@ def assignments_of(section: typing.Any, prefix: str = "") -> list[tuple[str, str
         if dataclasses.is_dataclass(value):
             found += assignments_of(value, f"{key}.")
         else:
-            found.append((key, ",".join(value) if isinstance(value, tuple) else str(value)))
+            several = value if isinstance(value, tuple) else (value,)
+            found.append((key, ",".join(str(v) for v in several)))
     return found
 
 
@@ -222,7 +223,9 @@ any_fields = st.fixed_dictionaries(
                 "norm_topk_prob": st.booleans(),
                 "rms_norm_eps": st.floats(1e-30, 1.0),
                 "rope_scaling": st.none() | any_yarn,
-                "eos_token_id": st.none() | st.integers(0, 100),
+                "eos_token_id": st.none()
+                | st.integers(0, 100)
+                | st.lists(st.integers(0, 100), min_size=2).map(tuple),
             }
         ),
         "data": st.fixed_dictionaries(

@@ -171,7 +171,8 @@ def test_moonlight_and_kimi_k2():
         rope_scaling=dict(RELEASED["rope_scaling"], factor=32.0, beta_fast=1.0, beta_slow=1.0),
     )
     config = model_config_from_hub(kimi, [])
-    assert (config.eos_token_id, config.num_moe_layers) == (163585, 60)
+    assert (config.eos_token_id, config.num_moe_layers) == ((163585, 163586), 60)
+    assert hub_config(config, "bfloat16")["eos_token_id"] == (163585, 163586)
     assert config.rope_scaling == YarnConfig(factor=32.0, beta_fast=1.0)
 
 

@@ -86,6 +86,14 @@ def test_streaming_gives_the_same_in_pieces(model, batch):
     assert [len(piece[0]) for piece in pieces] == [1, 5, 5, 5, 5, 3]
 
 
+def test_a_row_ends_with_any_of_several_end_tokens(hub, batch):
+    ends = (batch[2][4], batch[0][2])
+    expected = [row[: min(row.index(e) for e in ends if e in row) + 1] for row in batch]
+    assert expected[0] == batch[0][:3] and expected[2] == batch[2][:5]
+    model = build_transformer(model_config(hub[0], eos_token_id=ends), hub[1])
+    assert generate(model, PROMPTS, NEW) == expected
+
+
 def test_a_row_ends_with_the_end_token_and_the_others_go_on(hub, batch):
     """The end token is the fifth of row 2, and comes later in the other rows."""
     end = batch[2][4]

@@ -419,6 +419,14 @@ def test_a_run_that_begins_from_another_has_its_weights_and_tokenizer(copied, me
     assert step["eval_loss"] == metrics[-1]["eval_loss"]
 
 
+def test_another_model_than_that_of_init_from_is_refused(copied, capsys):
+    changes = ("train.name=second", "train.init_from=runs/tiny")
+    assert run_command(copied, *changes, "model.hidden_size=32", "model.num_hidden_layers=9") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--set model.num_hidden_layers is 9, expected " in line and "runs/tiny" in line
+    assert not (copied / "runs" / "second").exists()
+
+
 def test_a_run_begins_from_a_hugging_face_checkpoint(tmp_path):
     """Its model's config is the checkpoint's, and its first loss is Hugging Face's."""
     model, tensors, golden = load_golden("two_shared")

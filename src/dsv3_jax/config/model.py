@@ -74,7 +74,8 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     initializer_range: float = 0.006
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 1
+    """Generation ends at it, or at any of several."""
 
     def __post_init__(self):
         require_types("model", self)
@@ -118,6 +119,12 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"model.{name}", value, "a positive number")
+        require(
+            self.rope_scaling is None or self.rope_theta > 1,
+            "model.rope_theta",
+            self.rope_theta,
+            "more than 1 (YaRN takes its logarithm)",
+        )
         if self.has_experts:
             self._check_routing()
 
@@ -148,6 +155,12 @@ class ModelConfig:
             self.num_experts_per_tok,
             f"between 1 and the {self.topk_group * group_size} experts of the kept groups",
         )
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """All of `eos_token_id`."""
+        ids = self.eos_token_id
+        return ids if isinstance(ids, tuple) else () if ids is None else (ids,)
 
     @property
     def has_experts(self) -> bool:

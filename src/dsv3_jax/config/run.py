@@ -179,6 +179,12 @@ def _is_optional(hint: Any) -> bool:
     return type(None) in _options(hint)
 
 
+def _tuple_of(hint: Any) -> Any:
+    """The type of the items of the tuple among the members of a union, None without one."""
+    tuples = (o for o in _options(hint) if typing.get_origin(o) is tuple)
+    return next((typing.get_args(o)[0] for o in tuples), None)
+
+
 def _section_of(hint: Any) -> Any:
     """The dataclass among the members of a union, None without one."""
     return next((o for o in _options(hint) if dataclasses.is_dataclass(o)), None)
@@ -192,6 +198,9 @@ def _parse(hint: Any, text: str, full: str) -> Any:
         truth = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
         require(truth is not None, f"--set {full}", text, "true or false")
         return truth
+    several = _tuple_of(hint)
+    if several is int and (kind is not int or "," in text):
+        return tuple(_parse(int, part, full) for part in text.split(",") if part)
     if kind is int or kind is float:
         expected = "an integer" if kind is int else "a number"
         try:
@@ -200,7 +209,7 @@ def _parse(hint: Any, text: str, full: str) -> Any:
             raise ValueError(f"--set {full} is {text!r}, expected {expected}") from None
     if kind is str:
         return text
-    if typing.get_origin(kind) is tuple and typing.get_args(kind)[0] is str:
+    if several is str:
         return tuple(part for part in text.split(",") if part)
     raise ValueError(f"--set {full} is {text!r}, expected this field to be set in the config file")
 
@@ -212,9 +221,8 @@ def _from_json(hint: Any, value: Any, name: str) -> Any:
     section = _section_of(hint)
     if section is not None:
         return from_dict(section, value, name)
-    kind = next(o for o in _options(hint) if o is not type(None))
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
+    kind, item = next(o for o in _options(hint) if o is not type(None)), _tuple_of(hint)
+    if item is not None and (isinstance(value, list | tuple) or typing.get_origin(kind) is tuple):
         require(isinstance(value, list | tuple), name, value, "a list")
         return tuple(_from_json(item, v, name) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -41,9 +41,8 @@ def model_config_from_hub(
     """The model that a checkpoint's config.json and tensors describe.
 
     The tensors decide how many MTP modules there are: transformers 5 writes
-    `num_nextn_predict_layers` whether it stores them or not. Of several `eos_token_id` the first is
-    kept. Raises ValueError for a field that is missing, wrong or not implemented, naming `file`,
-    field, the value found and what was expected.
+    `num_nextn_predict_layers` whether it stores them or not. Raises ValueError for a field that is
+    missing, wrong or not implemented, naming `file`, field, the value found and what was expected.
     """
     fields = _Fields(config, file)
     model_type = fields.get("model_type", None)
@@ -71,8 +70,8 @@ def model_config_from_hub(
         num_nextn_predict_layers=count_mtp_modules(tensor_names, sizes["num_hidden_layers"]),
         rms_norm_eps=fields.number("rms_norm_eps"),
         initializer_range=fields.number("initializer_range", default=0.02),
-        bos_token_id=fields.token_id("bos_token_id", default=0),
-        eos_token_id=fields.token_id("eos_token_id", default=1),
+        bos_token_id=fields.token_ids("bos_token_id", default=0, several=False),
+        eos_token_id=fields.token_ids("eos_token_id", default=1, several=True),
         **_rope(fields, sizes["max_position_embeddings"]),
     )
     try:
@@ -179,15 +178,13 @@ class _Fields:
             raise self.error(name, "true or false")
         return value
 
-    def token_id(self, name: str, default: int) -> int | None:
-        """One id; the first of a list."""
+    def token_ids(self, name: str, default: int, *, several: bool) -> Any:
+        """One id, a tuple of them where `several` may be, or None."""
         found = self.get(name, default)
-        value = found[0] if isinstance(found, list) and found else found
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(name, "a token id, a list of them, or null")
-        return value
+        ids = found if several and isinstance(found, list) else [found]
+        if found is not None and not all(type(value) is int for value in ids):
+            raise self.error(name, f"a token id,{' a list of them,' * several} or null")
+        return tuple(found) if isinstance(found, list) else found
 
     def section(self, name: str) -> "_Fields | None":
         value = self.get(name, None)

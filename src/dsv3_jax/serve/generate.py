@@ -188,8 +188,7 @@ def _step_keys(keys: Key[Array, " batch"], made: Int[Array, " batch"]) -> Key[Ar
 
 
 def _is_end(model: Transformer, token: Int[Array, " batch"]) -> Bool[Array, " batch"]:
-    end = model.config.eos_token_id
-    return jnp.zeros(token.shape, bool) if end is None else token == end
+    return jnp.isin(token, jnp.asarray(model.config.end_tokens, token.dtype))
 
 
 def _round_up(length: int) -> int:

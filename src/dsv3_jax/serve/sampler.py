@@ -34,7 +34,7 @@ def sample(
 ) -> Int[Array, " batch"]:
     """One token for each row, each row with its own random key."""
     if params.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _first_largest(logits)
     kept = keep_most_likely(logits / params.temperature, params.top_k, params.top_p)
     return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
@@ -59,3 +59,12 @@ def keep_most_likely(
         )
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return logits
+
+
+def _first_largest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+    """argmax, as two reductions that XLA's CPU backend vectorises (its own takes 150 us for 8 rows
+    of 8,192). Rows with NaN give the last token."""
+    vocab = logits.shape[-1]
+    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    places = jnp.where(is_largest, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
+    return jnp.min(places, axis=-1)

@@ -258,7 +258,7 @@ class Trainer:
         return (
             f"{self.directory}: {parameters.total + parameters.mtp:,} parameters"
             f" ({parameters.active + parameters.mtp_active:,} active),"
-            f" {flops / 1e6:,.0f} MFLOP a token, {rows:,} rows of {config.data.seq_len} tokens,"
+            f" {flops / 1e6:,.4g} MFLOP a token, {rows:,} rows of {config.data.seq_len} tokens,"
             f" {config.train.steps} steps of {config.train.batch_size}{begin}"
         )
 
