@@ -249,16 +249,10 @@ def run_import(options: argparse.Namespace) -> int:
 def run_export(options: argparse.Namespace) -> int:
     """`dsv3 export`."""
     from dsv3_jax.export.huggingface import save_hf
-    from dsv3_jax.export.load import find_tokenizer, load
+    from dsv3_jax.export.load import load
 
-    path, target = Path(options.checkpoint), Path(options.target)
-    tokenizer_path = find_tokenizer(path)
-    save_hf(
-        load(path, dtype="float32"),
-        target,
-        weights=options.weights,
-        tokenizer_from=None if tokenizer_path is None else tokenizer_path.parent,
-    )
+    target = Path(options.target)
+    save_hf(load(options.checkpoint, dtype="float32"), target, weights=options.weights)
     print(f"{target}: {options.weights} safetensors for Hugging Face")
     return 0
 

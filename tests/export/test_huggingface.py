@@ -514,6 +514,20 @@ def test_tokenizer_files_come_along(tmp_path, tiny_model):
     assert (tmp_path / "c" / "tokenizer.json").read_text() == TOKENIZER
 
 
+def test_what_a_loaded_directory_had_comes_along_as_it_was(tmp_path, tiny_model):
+    save_hf(tiny_model, tmp_path / "source")
+    files = {"tokenizer.json": "not one", "generation_config.json": '{"eos_token_id": [1, 2]}'}
+    for name, text in files.items():
+        (tmp_path / "source" / name).write_text(text)
+    save_hf(load_hf(tmp_path / "source"), tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+    model = load_hf(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    save_hf(model, tmp_path / "again")
+    assert not (tmp_path / "again" / "tokenizer.json").exists()
+
+
 def test_tokenizer_of_another_model_is_refused(tmp_path, tiny_model):
     larger = json.loads(TOKENIZER)
     larger["model"]["vocab"]["c"] = 48

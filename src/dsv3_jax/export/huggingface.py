@@ -79,7 +79,9 @@ def load_hf(path: str | Path, dtype: str = "float32") -> Transformer:
             values = dequantise(values, scale, arrays[entry.path].dtype)
         _put(arrays, entry.path, entry.index, values)
     leaves = [_on_device(arrays.pop(path)) for path in list(arrays)]
-    return nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+    model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+    model.files_from = str(directory.absolute())
+    return model
 
 
 def save_hf(
@@ -95,7 +97,8 @@ def save_hf(
     `weights` is bfloat16, float32 or float8_e4m3fn (128x128 blocks; embedding, head, norms, router
     and eh_proj stay BF16). FP8 scales that the model was loaded with are used again wherever they
     still give the weight exactly. Tokenizer files, and generation_config.json if there is one, are
-    copied from `tokenizer_from`, a directory or a tokenizer.json. MTP modules of a model that has
+    copied from `tokenizer_from`, a directory or a tokenizer.json; by default as they are in the
+    directory that the model was loaded from, if there is one. MTP modules of a model that has
     not just 61 layers go into mtp.safetensors, which `load_hf` reads and transformers does not.
 
     The directory appears whole or not at all. Raises ValueError where it exists and is not empty,
@@ -109,7 +112,7 @@ def save_hf(
     entries = list(tensor_entries(config))
     source.check(entries)
     require_new(Path(path))
-    extra_files = _extra_files(config, tokenizer_from)
+    extra_files = _extra_files(config, tokenizer_from, model.files_from)
     with new_directory(Path(path)) as directory:
         inline, separate = _separate_mtp(entries, config)
         _write_shards(directory, inline, source, max_shard_bytes)
@@ -315,30 +318,39 @@ def _split(
     return shards
 
 
-def _extra_files(config: ModelConfig, tokenizer_from: str | Path | None) -> dict[str, bytes]:
+def _extra_files(
+    config: ModelConfig, tokenizer_from: str | Path | None, loaded_from: str | None
+) -> dict[str, bytes]:
     """generation_config.json and the tokenizer's files, by name."""
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    files = {GENERATION_CONFIG: _encode_json({"_from_model_config": True} | ids)}
-    if tokenizer_from is None:
-        return files
-    source = Path(tokenizer_from)
-    if source.is_file():
-        found = {"tokenizer.json": source.read_bytes()}
-    else:
-        names = [n for n in (*TOKENIZER_FILES, GENERATION_CONFIG) if (source / n).is_file()]
-        found = {name: (source / name).read_bytes() for name in names}
+    made = {GENERATION_CONFIG: _encode_json({"_from_model_config": True} | ids)}
+    source = tokenizer_from or loaded_from
+    if source is None:
+        return made
+    found = _tokenizer_files(Path(source))
     require(
-        bool(found.keys() - {GENERATION_CONFIG}),
+        tokenizer_from is None or bool(found.keys() - {GENERATION_CONFIG}),
         "tokenizer_from",
         str(source),
         f"a directory with any of {', '.join(TOKENIZER_FILES)}",
     )
     if "tokenizer.json" in found:
-        tokenizer = load_tokenizer(source, vocab_size=config.vocab_size)
-        if "tokenizer_config.json" not in found:
+        try:
+            tokenizer = load_tokenizer(Path(source), vocab_size=config.vocab_size)
             fields = tokenizer_config(tokenizer, config.max_position_embeddings)
-            found["tokenizer_config.json"] = _encode_json(fields)
-    return files | found
+            made["tokenizer_config.json"] = _encode_json(fields)
+        except ValueError:
+            if tokenizer_from is not None:
+                raise
+            # What a checkpoint had is carried along as it is, be it of use or not.
+    return made | found
+
+
+def _tokenizer_files(source: Path) -> dict[str, bytes]:
+    if source.is_file():
+        return {"tokenizer.json": source.read_bytes()}
+    names = [n for n in (*TOKENIZER_FILES, GENERATION_CONFIG) if (source / n).is_file()]
+    return {name: (source / name).read_bytes() for name in names}
 
 
 def _write_json(file: Path, content: dict) -> None:

@@ -43,7 +43,9 @@ def load(
     wanted = {"params": params, "selection_bias": selection_bias}
     state = restore_subtree(step, wanted, prefix="")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), state["params"])
-    return nnx.merge(graph, params, state["selection_bias"])
+    model = nnx.merge(graph, params, state["selection_bias"])
+    model.files_from = str(root)
+    return model
 
 
 def read_model_config(path: str | Path) -> ModelConfig:

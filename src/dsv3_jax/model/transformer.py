@@ -76,6 +76,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.scan_layers = scan_layers
         self.recompute_block = recompute.block
+        self.files_from: str | None = None  # the directory whose tokenizer files belong to it
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
         """Next-token logits in FP32."""
