@@ -4,11 +4,17 @@
 #   scripts/setup.sh [EXTRA,EXTRA...]   make or update .venv with these extras (default: test)
 #   scripts/setup.sh --find-python      only print the interpreter that it would use
 #
+# The extras are pyproject.toml's, and `compile` (for `dsv3 compile`: 0.7 GB, nobody else needs it):
+# XLA's GPU compiler, put into .venv/compile-ahead and not among the other packages, because JAX
+# would start it in every process, and complain of the CUDA libraries that are not there.
+#
 # A stamp inside .venv, written last, says what it was made from: a set-up that was interrupted, or
 # a .venv that was copied or moved, has no valid stamp and is made anew. Exit code 2, and one line
 # that says what to do, when there is no usable interpreter.
 set -euo pipefail
 unset CDPATH PYTHONHOME PYTHONPATH
+# Of jaxlib's own version comes the compiler; these are what its PTX is assembled with.
+cuda_tools="nvidia-cuda-nvcc==13.5.37 nvidia-nvvm==13.5.37 nvidia-cuda-nvdisasm==13.5.37"
 case "${BASH_SOURCE[0]}" in
 */*) cd "${BASH_SOURCE[0]%/*}/.." ;;
 *) cd .. ;;
@@ -29,7 +35,10 @@ print(sys._base_executable)
 # Run by the finished .venv: shows that the packages work, and leaves their bytecode compiled, also
 # where PYTHONDONTWRITEBYTECODE is set and every later start would else take 3 seconds more.
 first_use='
-import beartype, hypothesis, pytest
+import importlib.util
+for name in ("beartype", "hypothesis", "pytest"):  # of the extra `test`
+    if importlib.util.find_spec(name):
+        importlib.import_module(name)
 import grain, matplotlib.pyplot, orbax.checkpoint, pyarrow.parquet, rich.progress
 import safetensors.numpy, tensorboardX, tokenizers
 import flax.nnx, jax
@@ -58,6 +67,32 @@ find_python() {
         "python3.14, pyenv's versions and uv's download: install one (pyenv install 3.13, or" \
         "Debian's python3 and python3-venv) or put uv on PATH, and run make setup again" >&2
     return 2
+}
+
+# Prints the extras without `compile`, which is not one of the package.
+package_extras() {
+    local extra kept=""
+    for extra in ${extras//,/ }; do
+        [ "$extra" = compile ] || kept="${kept:+$kept,}$extra"
+    done
+    echo "${kept:+[$kept]}"
+}
+
+pip_install() {
+    .venv/bin/python -m pip install ${quiet:+"$quiet"} --disable-pip-version-check --no-input \
+        --no-compile "$@" && return
+    echo "setup: pip could not install the packages (its reason is above); run make setup again" >&2
+    exit 1
+}
+
+# Without their dependencies: cuDNN, NCCL and the rest are 4 GB, and only a GPU calls them.
+install_compiler() {
+    local version
+    version="$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("jaxlib"))')"
+    rm -rf .venv/compile-ahead
+    # shellcheck disable=SC2086 # the tools are several words
+    pip_install --no-deps --target .venv/compile-ahead "jax-cuda13-pjrt==$version" \
+        "jax-cuda13-plugin==$version" $cuda_tools
 }
 
 if [ "${1:-}" = --find-python ]; then
@@ -104,11 +139,8 @@ else
 fi
 if [ -t 1 ]; then quiet=""; else quiet="-qq"; fi
 # Compiling the bytecode of every file takes as long as installing; below, of what is used.
-if ! .venv/bin/python -m pip install ${quiet:+"$quiet"} --disable-pip-version-check --no-input \
-    --no-compile --editable ".[$extras]"; then
-    echo "setup: pip could not install the packages (its reason is above); run make setup again" >&2
-    exit 1
-fi
+pip_install --editable ".$(package_extras)"
+if [[ ",$extras," = *,compile,* ]]; then install_compiler; fi
 if ! JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "$first_use" >/dev/null; then
     echo "setup: the installed packages do not run (see above): rm -r .venv, run it again" >&2
     exit 1

@@ -25,7 +25,7 @@ from dsv3_jax.train.diagnosis import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH_TINY = str(ROOT / "configs" / "bench_tiny.py")
-COMMANDS = ("train", "generate", "import", "export", "bench")
+COMMANDS = ("train", "generate", "import", "export", "bench", "compile")
 SHAPE = dict(
     vocab_size=280,
     hidden_size=32,

@@ -24,7 +24,15 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)")
 TREE_LINE = re.compile(r"^(?P<indent>(?:[│ ] {3})*)[├└]── (?P<names>.+)$")
 WRITTEN_BY_COMMANDS = (".venv", "runs")
 SOURCE_FOLDERS = ("src", "kernels", "tests", "configs", "scripts", "notebooks")
-PURE_MODULES = ("dsv3_jax", "dsv3_jax.config", "dsv3_jax.model.accounting", "dsv3_jax.data.packing")
+PURE_MODULES = (
+    "dsv3_jax",
+    "dsv3_jax.config",
+    "dsv3_jax.model.accounting",
+    "dsv3_jax.data.packing",
+    "dsv3_jax.parallel.pipeline.check",
+    "dsv3_jax.parallel.pipeline.simulate",
+    "dsv3_jax.plan.report_page",  # and all of plan that reads compiled programs
+)
 
 
 def text_of(document: str) -> str:

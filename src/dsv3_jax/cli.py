@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3_jax.config import RunConfig, apply_overrides, read_config
-from dsv3_jax.environment import restart_with_huge_pages
+from dsv3_jax.environment import restart_with_huge_pages, simulate_devices
 
 EXAMPLES = """examples:
   dsv3 train configs/demo.py --set train.steps=200
   dsv3 generate runs/demo --prompt 'def ' --temperature 0.8
   dsv3 import ~/DeepSeek-V3-tiny runs/imported
   dsv3 export runs/demo exported --weights float8_e4m3fn
-  dsv3 bench train --config configs/bench_tiny.py --json"""
+  dsv3 bench train --config configs/bench_tiny.py --json
+  dsv3 compile configs/v3_671b.py --gpu h800 --hosts 256 --dump compiled
+  dsv3 schedule dualpipe --stages 8 --micro-batches 20 --png schedule.png"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,6 +97,9 @@ def parser() -> Parser:
     train = command("train", run_train, "Train under runs/NAME, or go on where a run stopped.")
     train.add_argument("config", help="a Python file with `def config() -> RunConfig`")
     _add_set(train)
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, for several")
+    train.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    train.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
 
     generate = command("generate", run_generate, "Continue prompts, streaming the text.")
     generate.add_argument("checkpoint", help="a run directory, a step of it, or Hugging Face's")
@@ -134,6 +140,28 @@ def parser() -> Parser:
     bench.add_argument("--repeats", type=int, default=7, help="timed repeats (default 7)")
     bench.add_argument("--json", action="store_true", help="print one JSON object only")
     _add_set(bench)
+
+    schedule = command("schedule", run_schedule, "Draw a pipeline schedule and what it costs.")
+    schedule.add_argument("name", help="1f1b, zb1p, dualpipe or dualpipev")
+    schedule.add_argument(
+        "--stages", type=int, required=True, help="of the model; dualpipev has two on a rank"
+    )
+    schedule.add_argument(
+        "--micro-batches", type=int, required=True, help="of a step, of both directions together"
+    )
+    schedule.add_argument(
+        "--durations", metavar="F,FB,B,W", help="seconds a stage (default: DeepSeek-V3 on H800)"
+    )
+    schedule.add_argument("--png", type=Path, metavar="FILE", help="draw it with its durations")
+    schedule.add_argument("--json", action="store_true", help="print one JSON object only")
+
+    compiling = command("compile", run_compile, "Compile a run's step for GPUs that are not here.")
+    compiling.add_argument("config", help="a Python file with `def config() -> RunConfig`")
+    compiling.add_argument("--gpu", required=True, help="h100, h200, h800 or b200")
+    compiling.add_argument("--hosts", type=int, required=True, help="nodes of eight GPUs")
+    compiling.add_argument("--dump", metavar="DIR", help="write the program and an HTML page there")
+    compiling.add_argument("--json", action="store_true", help="print one JSON object only")
+    _add_set(compiling)
     return top
 
 
@@ -154,9 +182,12 @@ def _add_dtype(command: Parser) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """`dsv3 train`."""
     config = _config(options)  # before JAX is loaded: what is wrong is said at once
+    simulate_devices(config.parallel.simulated_devices)
 
     from dsv3_jax.train.loop import Interrupted, train
+    from dsv3_jax.train.processes import join, process_group
 
+    join(process_group(options.coordinator, options.processes, options.process, os.environ))
     initial = tokenizer = None
     if config.train.init_from is not None:
         changed = [setting.partition("=")[0].strip() for setting in options.set]
@@ -265,11 +296,47 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
 
+    simulate_devices(config.parallel.simulated_devices)
     from dsv3_jax.plan.bench import bench_decode, bench_train, print_report
 
     run = bench_train if options.what == "train" else bench_decode
     report = run(config, options.batch_size, options.repeats)
     print_report(report, as_json=options.json)
+    return 0
+
+
+def run_compile(options: argparse.Namespace) -> int:
+    """`dsv3 compile`. A step that does not fit the GPU is a result, not an error."""
+    config = _config(options)
+
+    from dsv3_jax.plan.hardware import find_gpu
+    from dsv3_jax.plan.report import as_json, as_text
+    from dsv3_jax.plan.step_report import compile_step, dump
+    from dsv3_jax.train.mesh_step import lower_train_step
+
+    compiled, analysis = compile_step(
+        config, find_gpu(options.gpu), options.hosts, lower_train_step
+    )
+    if options.dump is not None:
+        for path in dump(Path(options.dump), compiled, analysis):
+            print(f"dsv3 compile: wrote {path}", file=sys.stderr)
+    report = analysis.report
+    print(json.dumps(as_json(report)) if options.json else as_text(report).rstrip("\n"))
+    return 0
+
+
+def run_schedule(options: argparse.Namespace) -> int:
+    """`dsv3 schedule`."""
+    from dsv3_jax.plan.schedule_report import parse_durations, print_schedule
+
+    print_schedule(
+        options.name,
+        options.stages,
+        options.micro_batches,
+        parse_durations(options.durations),
+        png=options.png,
+        as_json=options.json,
+    )
     return 0
 
 

@@ -36,3 +36,11 @@ def allocator_settings(environment: Mapping[str, str], huge_pages: Path) -> dict
         return {}
     never = "[never]" in huge_pages.read_text()
     return {} if never else {"GLIBC_TUNABLES": GLIBC_TUNABLES}
+
+
+def simulate_devices(count: int) -> None:
+    """Makes JAX, when it loads, see `count` CPU devices and no others; 0 changes nothing."""
+    if count:
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        flags.append(f"--xla_force_host_platform_device_count={count}")
+        os.environ |= {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}

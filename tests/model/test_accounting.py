@@ -26,6 +26,7 @@ from dsv3_jax.model.accounting import (
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.dispatch_plan import choose_capacity, overflow_block
 from dsv3_jax.train import loss
+from dsv3_jax.train.layout import make_layout
 from dsv3_jax.train.state import build_model, init_state, split_model
 from dsv3_jax.train.step import StepSettings, make_train_step
 from tests.model.weights import arrays_of, model_config
@@ -198,13 +199,11 @@ def bench_tiny() -> RunConfig:
 
 def step_arguments(config: RunConfig):
     """A jitted training step and the shapes of its arguments."""
-    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
-    graph, params, bias = split_model(model)
-    state = jax.eval_shape(lambda *parts: init_state(config.optimizer, *parts), params, bias)
+    layout = make_layout(config)
     batch, seq = config.train.batch_size, config.data.seq_len
     rows = jax.ShapeDtypeStruct((1, batch, seq + 1), jnp.int32)
     settings = StepSettings(jnp.int32(1), *map(jnp.float32, (1e-4, 0.3, 0.001)))
-    return make_train_step(graph, config), (state, rows, None, settings)
+    return make_train_step(layout), (layout.abstract_state(), rows, None, settings)
 
 
 def mean_overflow_blocks(load: np.ndarray, model: ModelConfig, tokens: int) -> float:

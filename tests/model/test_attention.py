@@ -9,7 +9,6 @@ import pytest
 
 from dsv3_jax.model.attention import QUERY_CHUNK, causal_attention
 from dsv3_jax.model.rope import rotary
-from dsv3_jax.model.transformer import unstack
 from tests.model.weights import build_transformer, model_config
 from tests.oracle import attention as oracle
 from tests.oracle import random_weights
@@ -31,7 +30,7 @@ def build(name, rows=2, seq=9):
     weights = random_weights(config, seed=3, std=0.3)
     model = build_transformer(model_config(config), weights)
     x = np.random.default_rng(0).standard_normal((rows, seq, 12)).astype(np.float32)
-    return config, weights, unstack(model.dense_layers)[0].self_attn, x
+    return config, weights, model.layers("dense_layers")[0].self_attn, x
 
 
 @quick_jit

@@ -12,7 +12,6 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.accounting import expert_parameters
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.router import Routing
-from dsv3_jax.model.transformer import unstack
 from tests.model.weights import build_transformer, model_config
 from tests.oracle import random_weights
 from tests.oracle.cases import tiny_config
@@ -28,7 +27,7 @@ def build(**changes):
     """The oracle's config and weights, our layer of the same, and inputs."""
     config = tiny_config(**ONE_LAYER | changes)
     weights = random_weights(config, seed=3, std=0.3)
-    layer = unstack(build_transformer(model_config(config), weights).moe_layers)[0].mlp
+    layer = build_transformer(model_config(config), weights).layers("moe_layers")[0].mlp
     x = np.random.default_rng(0).standard_normal((2, 20, 12)).astype(np.float32)
     return config, weights, layer, x
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from dsv3_jax.config import ModelConfig, RunConfig, YarnConfig, from_dict
 from dsv3_jax.export.names import tensor_entries
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.train.state import TrainState, build_model, init_state, split_model
+from dsv3_jax.train.layout import Layout, make_layout
+from dsv3_jax.train.state import TrainState, build_model
 from dsv3_jax.train.step import StepSettings
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
@@ -71,10 +72,10 @@ def _names(path: tuple) -> tuple[str, ...]:
     return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
-def state_of(config: RunConfig, tensors: dict[str, np.ndarray]) -> tuple[nnx.GraphDef, TrainState]:
-    """Structure and state before the first step."""
-    graph, params, bias = split_model(model_of(config, tensors))
-    return graph, init_state(config.optimizer, params, bias)
+def state_of(config: RunConfig, tensors: dict[str, np.ndarray]) -> tuple[Layout, TrainState]:
+    """Layout on the config's mesh, over the first devices, and state before the first step."""
+    layout = make_layout(config, jax.devices()[: config.parallel.num_devices])
+    return layout, layout.initial_state(model_of(config, tensors))
 
 
 def settings(

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import RunConfig
-from dsv3_jax.train.diagnosis import first_non_finite
+from dsv3_jax.train import diagnosis
 from dsv3_jax.train.optimizer import gradient_norm
 from dsv3_jax.train.state import is_stacked, split_model
 from tests import oracle
@@ -22,6 +22,12 @@ TENSORS = oracle.random_weights(FIELDS, seed=0, std=0.3)
 ROWS = jnp.asarray(random_tokens(FIELDS, 2, 7), jnp.int32)
 GOOD = split_model(model_of(CONFIG, TENSORS))
 SQUARES = gradient_norm(GOOD[1], is_stacked(GOOD[1])).squares
+
+
+def first_non_finite(model, rows, squares):
+    broken = np.asarray(diagnosis.broken_activations(model, rows))
+    params = nnx.state(model, nnx.Param)
+    return diagnosis.first_non_finite(model.config, params, broken, squares)
 
 
 def changed(tree: nnx.State, name: str, index: tuple, value: float) -> nnx.State:

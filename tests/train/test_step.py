@@ -17,8 +17,9 @@ from dsv3_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from dsv3_jax.train.layout import compute_params
 from dsv3_jax.train.state import TrainState
-from dsv3_jax.train.step import compute_params, make_train_step
+from dsv3_jax.train.step import make_train_step
 from tests import oracle
 from tests.oracle.cases import random_tokens, tiny_config
 from tests.tolerances import FLOAT32_GRADIENTS
@@ -56,8 +57,8 @@ def test_fifty_steps_equal_pytorchs():
     rows = golden["tokens"]
     config = run_config(model, rows.shape[2] - 1)
     config = dataclasses.replace(config, loss=LossConfig(balance_weight=0.0))
-    graph, state = state_of(config, tensors)
-    step = make_train_step(graph, config)
+    layout, state = state_of(config, tensors)
+    step = make_train_step(layout)
     losses, norms = [], []
     for batch in rows:
         state, report = step(state, in_parts(batch, 1), None, settings(learning_rate=1e-3))
@@ -89,8 +90,8 @@ TENSORS = oracle.random_weights(FIELDS, seed=6, std=0.3)
 @pytest.fixture(scope="module")
 def step():
     """A step of four parts of two rows; with documents and without it compiles twice."""
-    graph, _ = state_of(PARTS, TENSORS)
-    return make_train_step(graph, PARTS)
+    layout, _ = state_of(PARTS, TENSORS)
+    return make_train_step(layout)
 
 
 def run_parts(step, state: TrainState, micro_batches=4, documents=None):
@@ -190,9 +191,9 @@ BF16 = run_config(model_config(FIELDS), 11, recipe="bf16", moment_dtype="bfloat1
 def bf16():
     """A step in BF16 at a learning rate far below BF16's resolution: (before, after, report)."""
     tensors = oracle.random_weights(FIELDS, seed=6, std=0.3)
-    graph, state = state_of(BF16, tensors)
+    layout, state = state_of(BF16, tensors)
     before = jax.tree.map(np.array, state)
-    after, report = make_train_step(graph, BF16)(
+    after, report = make_train_step(layout)(
         state, in_parts(ROWS, 1), None, settings(learning_rate=1e-6, mtp_weight=0.3)
     )
     return tensors, before, after, report
@@ -225,13 +226,13 @@ def test_bf16_keeps_float32_master_weights_and_moments_as_set(bf16):
 
 def test_bf16_adds_up_the_gradient_of_a_frequent_token_in_float32():
     """Of 4,096 equal terms a BF16 sum keeps 256."""
-    graph, state = state_of(BF16, TENSORS)
+    layout, state = state_of(BF16, TENSORS)
     tokens = jnp.full((8, 512), 5, jnp.int32)
 
     @jax.jit
     def gradient(params):
         def total(params):
-            model = nnx.merge(graph, compute_params(params, "bf16"), state.selection_bias)
+            model = nnx.merge(layout.graph, compute_params(params, "bf16"), state.selection_bias)
             return jnp.sum(model.embed_tokens(tokens).astype(jnp.float32))
 
         return jax.grad(total)(params)

@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass
 
-from dsv3_jax.config.checks import require, require_at_least, require_types
+from dsv3_jax.config.checks import require, require_at_least, require_one_of, require_types
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the mesh axes `pipe data node gpu` and the pipeline's schedule.
+    """Sizes of the mesh axes `pipe data node gpu`, and how their devices work together.
 
-    This release runs one device; a larger mesh is refused here, before anything is allocated.
+    Tokens are split over data x node x gpu, experts over node x gpu. `dispatcher` brings a token to
+    its experts: `two_hop` first to each node it needs, then inside the node, or `flat` to every GPU
+    at once; their buffers hold `capacity_factor` times the rows of an even load, and what does not
+    fit goes in further rounds. `zero=1` shards master weights and moments and gathers the weights
+    once a step; `zero=3` gathers each layer when it is computed. `simulated_devices` fakes that
+    many devices on the CPU. This release has no pipeline: `pipe` is 1 and `schedule` none.
     """
 
     pipe: int = 1
@@ -19,24 +24,44 @@ class ParallelConfig:
     schedule: str = "none"
     micro_batches: int = 1
     zero: int = 1
+    dispatcher: str = "two_hop"
+    capacity_factor: float = 1.25
     simulated_devices: int = 0
 
     def __post_init__(self):
         require_types("parallel", self)
         require_at_least("parallel", self, 1, "pipe", "data", "node", "gpu", "micro_batches")
-        for name in ("pipe", "data", "node", "gpu"):
-            size = getattr(self, name)
-            require(size == 1, f"parallel.{name}", size, "1 (this release trains on one device)")
+        require_at_least("parallel", self, 0, "simulated_devices")
+        require(self.pipe == 1, "parallel.pipe", self.pipe, "1 (this release has no pipeline)")
         require(
             self.schedule == "none",
             "parallel.schedule",
             self.schedule,
             "none (this release has no pipeline)",
         )
+        require(self.zero in (1, 3), "parallel.zero", self.zero, "1 or 3")
+        require_one_of("parallel.dispatcher", self.dispatcher, "two_hop", "flat")
+        factor = self.capacity_factor
         require(
-            self.simulated_devices in (0, 1),
+            0 < factor <= 64, "parallel.capacity_factor", factor, "a number above 0, at most 64"
+        )
+        require(
+            self.simulated_devices in (0, self.num_devices),
             "parallel.simulated_devices",
             self.simulated_devices,
-            "0 or 1 (this release trains on one device)",
+            f"0 (real devices) or pipe x data x node x gpu = {self.num_devices}",
         )
-        require(self.zero in (1, 3), "parallel.zero", self.zero, "1 or 3")
+
+    @property
+    def mesh_shape(self) -> tuple[int, int, int, int]:
+        """Sizes of (pipe, data, node, gpu)."""
+        return (self.pipe, self.data, self.node, self.gpu)
+
+    @property
+    def num_devices(self) -> int:
+        return self.pipe * self.token_shards
+
+    @property
+    def token_shards(self) -> int:
+        """Parts into which a batch is split."""
+        return self.data * self.node * self.gpu

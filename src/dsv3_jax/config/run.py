@@ -45,6 +45,21 @@ class RunConfig:
             self.data.seq_len,
             f"more than model.num_nextn_predict_layers = {self.model.num_nextn_predict_layers}",
         )
+        expert_devices = self.parallel.node * self.parallel.gpu
+        require(
+            not self.model.has_experts or self.model.n_routed_experts % expert_devices == 0,
+            "parallel.node x gpu",
+            expert_devices,
+            f"a divisor of model.n_routed_experts = {self.model.n_routed_experts}",
+        )
+        part = self.train.batch_size // self.train.accumulation
+        shards = self.parallel.token_shards
+        require(
+            part % shards == 0,
+            "train.batch_size / train.accumulation",
+            part,
+            f"a multiple of parallel.data x node x gpu = {shards}, over which sequences are split",
+        )
 
 
 def read_config(path: str | Path) -> RunConfig:

@@ -16,6 +16,7 @@ from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary
 from dsv3_jax.model.router import LoadStatistics
+from dsv3_jax.parallel.dispatch import ExpertFunction
 
 
 class Recompute(NamedTuple):
@@ -53,6 +54,7 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         recompute: Recompute,
+        dispatcher: ExpertFunction | None,
     ):
         norm = {"eps": config.rms_norm_eps, "dtype": dtype}
         self.input_layernorm = RMSNorm(config.hidden_size, **norm)
@@ -61,7 +63,7 @@ class Block(nnx.Module):
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
         if routed:
-            self.mlp = MoE(config, dtype=dtype, rngs=rngs)
+            self.mlp = MoE(config, dtype=dtype, rngs=rngs, dispatcher=dispatcher)
         else:
             self.mlp = MLP(
                 config.hidden_size,

@@ -9,6 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.experts import Experts
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.router import LoadStatistics, Router, load_statistics
+from dsv3_jax.parallel.dispatch import ExpertFunction
 
 
 class MoE(nnx.Module):
@@ -17,11 +18,20 @@ class MoE(nnx.Module):
     The shared experts are one MLP of `n_shared_experts` times the expert width.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        dispatcher: ExpertFunction | None = None,
+    ):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         shape = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
         self.gate = Router(config, dtype=dtype, rngs=rngs)
-        self.experts = Experts(config.n_routed_experts, hidden, width, **shape)
+        self.experts = Experts(
+            config.n_routed_experts, hidden, width, **shape, dispatcher=dispatcher
+        )
         if config.n_shared_experts:
             self.shared_experts = MLP(hidden, width * config.n_shared_experts, **shape)
         self.config = config

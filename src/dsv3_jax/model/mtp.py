@@ -16,6 +16,7 @@ from dsv3_jax.model.linear import Linear
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary
 from dsv3_jax.model.router import LoadStatistics
+from dsv3_jax.parallel.dispatch import ExpertFunction
 
 
 class SharedHead(nnx.Module):
@@ -29,7 +30,13 @@ class MultiTokenPredictor(nnx.Module):
     """norm(block(M_k [enorm(embedding) ; hnorm(hidden)])); embedding and head are shared."""
 
     def __init__(
-        self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, recompute: Recompute
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        recompute: Recompute,
+        dispatcher: ExpertFunction | None,
     ):
         hidden = config.hidden_size
         norm = {"eps": config.rms_norm_eps, "dtype": dtype}
@@ -38,7 +45,14 @@ class MultiTokenPredictor(nnx.Module):
         self.eh_proj = Linear(
             2 * hidden, hidden, std=config.initializer_range, dtype=dtype, rngs=rngs
         )
-        self.block = Block(config, routed=True, dtype=dtype, rngs=rngs, recompute=recompute)
+        self.block = Block(
+            config,
+            routed=True,
+            dtype=dtype,
+            rngs=rngs,
+            recompute=recompute,
+            dispatcher=dispatcher,
+        )
         self.shared_head = SharedHead(config, dtype=dtype)
 
     def __call__(

@@ -16,6 +16,10 @@ from dsv3_jax.model.mtp import MultiTokenPredictor
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary, rotary
 from dsv3_jax.model.router import LoadStatistics
+from dsv3_jax.parallel.dispatch import ExpertFunction
+
+GATHERED = "gathered_weights"
+"""Name, for checkpoint policies, of weights that are gathered again in backward."""
 
 
 class HiddenStates(NamedTuple):
@@ -35,6 +39,7 @@ class Transformer(nnx.Module):
     Layers of one kind are stacked: every array of `dense_layers` and `moe_layers` has the layer as
     its first dim, of `mtp` the depth. They are scanned, so that compile time does not grow with
     depth, or unrolled with `scan_layers=False`. `remat` is one of none, selective, full.
+    `dispatcher` brings tokens to the experts of other devices, inside shard_map.
 
     Raises ValueError for an unknown `remat`.
     """
@@ -47,16 +52,16 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         scan_layers: bool = True,
+        dispatcher: ExpertFunction | None = None,
     ):
         if remat not in RECOMPUTE:
             raise ValueError(f"remat is {remat!r}, expected one of {', '.join(RECOMPUTE)}")
         recompute = RECOMPUTE[remat]
+        shared = {"dtype": dtype, "recompute": recompute, "dispatcher": dispatcher}
         weights = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
 
         def block(routed: bool) -> Callable[[nnx.Rngs], Block]:
-            return lambda rngs: Block(
-                config, routed=routed, dtype=dtype, rngs=rngs, recompute=recompute
-            )
+            return lambda rngs: Block(config, routed=routed, rngs=rngs, **shared)
 
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **weights)
         if config.num_dense_layers:
@@ -68,15 +73,15 @@ class Transformer(nnx.Module):
         if config.num_nextn_predict_layers:
             self.mtp = stack(
                 config.num_nextn_predict_layers,
-                lambda rngs: MultiTokenPredictor(
-                    config, dtype=dtype, rngs=rngs, recompute=recompute
-                ),
+                lambda rngs: MultiTokenPredictor(config, rngs=rngs, **shared),
                 rngs,
             )
         self.config = config
         self.scan_layers = scan_layers
         self.recompute_block = recompute.block
         self.files_from: str | None = None  # the directory whose tokenizer files belong to it
+        # Of (stack, one layer's weights in shards): the weights. None where they are whole already.
+        self.gather_layer: Callable[[str, nnx.State], nnx.State] | None = None
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
         """Next-token logits in FP32."""
@@ -110,10 +115,17 @@ class Transformer(nnx.Module):
         main, mtp = hidden, []
         if self.config.num_nextn_predict_layers:
             angles = self._angles(seq)
-            for depth, module in enumerate(unstack(self.mtp), start=1):
+            graph, state = nnx.split(self.mtp)
+            for depth in range(1, self.config.num_nextn_predict_layers + 1):
                 ahead = jnp.pad(rows[:, depth:], ((0, 0), (0, depth - 1)))
-                embedded = self.embed(ahead)
-                hidden, of_depth = module(hidden, embedded, angles, documents, seq - depth)
+                weights = jax.tree.map(lambda leaf, i=depth - 1: leaf[i], state)
+                hidden, of_depth = self._on_layer(
+                    lambda module, *arguments, d=depth: module(*arguments, documents, seq - d),
+                    "mtp",
+                    graph,
+                    weights,
+                    (hidden, self.embed(ahead), angles),
+                )
                 mtp.append(hidden)
                 statistics.append(jax.tree.map(lambda leaf: leaf[None], of_depth))
         if not statistics:
@@ -141,8 +153,8 @@ class Transformer(nnx.Module):
             return x, (latent, statistics)
 
         latents, statistics = [], []
-        for layers, count in self._stacks():
-            x, (latent, of_stack) = self._run(step, layers, count, x, None)
+        for name, count in self._stacks():
+            x, (latent, of_stack) = self._run(step, name, count, x, None)
             latents.append(latent)
             if of_stack is not None:
                 statistics.append(of_stack)
@@ -173,35 +185,56 @@ class Transformer(nnx.Module):
             return block.decode(x, angles, cache_of_layer, positions)
 
         first, caches = 0, []
-        for stacked, count in self._stacks():
-            x, updated = self._run(step, stacked, count, x, cache[first : first + count])
+        for name, count in self._stacks():
+            x, updated = self._run(step, name, count, x, cache[first : first + count])
             caches.append(updated)
             first += count
         return self.norm(x), jnp.concatenate(caches)
 
     def unstacked_layers(self) -> list[Block]:
         """The main model's layers in order, each with its own arrays (a second set of weights)."""
-        return [layer for stacked, _ in self._stacks() for layer in unstack(stacked)]
+        return [layer for name, _ in self._stacks() for layer in self.layers(name)]
 
-    def _stacks(self) -> list[tuple[Block, int]]:
-        """The stacked blocks in order of execution, with their numbers of layers."""
-        stacks = []
-        if self.config.num_dense_layers:
-            stacks.append((self.dense_layers, self.config.num_dense_layers))
-        if self.config.num_moe_layers:
-            stacks.append((self.moe_layers, self.config.num_moe_layers))
-        return stacks
+    def layers(self, name: str) -> list:
+        """The modules of a stack, one by one, with whole weights."""
+        graph, state = nnx.split(getattr(self, name))
+        count = jax.tree.leaves(state)[0].shape[0]
+        layers = [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(count)]
+        if self.gather_layer is not None:
+            layers = [_gathered(self.gather_layer, name, layer) for layer in layers]
+        return [nnx.merge(graph, layer) for layer in layers]
 
-    def _run(self, step: Callable, layers: Block, count: int, x, per_layer):
-        """`step(block, x, item)` through the stack; the second results stacked by layer."""
-        graph, state = nnx.split(layers)
+    def _stacks(self) -> list[tuple[str, int]]:
+        """The stacks in order of execution, with their numbers of layers."""
+        counts = {
+            "dense_layers": self.config.num_dense_layers,
+            "moe_layers": self.config.num_moe_layers,
+        }
+        return [(name, count) for name, count in counts.items() if count]
+
+    def _run(self, step: Callable, name: str, count: int, x, per_layer):
+        """`step(block, x, item)` through a stack; the second results stacked by layer."""
+        graph, state = nnx.split(getattr(self, name))
 
         def body(x, scanned):
             layer, item = scanned
-            return step(nnx.merge(graph, layer), x, item)
+            return self._on_layer(step, name, graph, layer, (x, item))
 
         unroll = 1 if self.scan_layers else True
         return jax.lax.scan(body, x, (state, per_layer), length=count, unroll=unroll)
+
+    def _on_layer(self, function: Callable, name: str, graph, weights: nnx.State, arguments):
+        """`function(module, *arguments)` of one layer's module, its weights gathered if need be,
+        then and again in backward."""
+        gather = self.gather_layer
+        if gather is None:
+            return function(nnx.merge(graph, weights), *arguments)
+
+        def gathered(weights, arguments):
+            return function(nnx.merge(graph, _gathered(gather, name, weights)), *arguments)
+
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(gathered, policy=policy)(weights, arguments)
 
     def _angles(self, seq: int) -> Rotary:
         """Rotary angles of positions 0 to seq - 1, one row that serves the whole batch."""
@@ -216,8 +249,7 @@ def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) ->
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
-def unstack[M: nnx.Module](modules: M) -> list[M]:
-    """The modules of a stack, one by one."""
-    graph, state = nnx.split(modules)
-    count = jax.tree.leaves(state)[0].shape[0]
-    return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(count)]
+def _gathered(gather: Callable, name: str, layer: nnx.State) -> nnx.State:
+    """The weights gathered; selection biases are whole everywhere."""
+    params, rest = nnx.split_state(layer, nnx.Param, ...)
+    return nnx.merge_state(gather(name, params), rest)

@@ -39,7 +39,9 @@ class DispatchPlan(NamedTuple):
 
 
 def choose_capacity(tokens: int, top_k: int, num_experts: int) -> int:
-    """Slots for each expert: 1.125 times the mean load for many tokens, all for few."""
+    """Slots for each expert: 1.125 times the mean load for many tokens, all for few.
+
+    Of a device's own tokens and experts, where the others have as many."""
     if tokens <= SMALL_BATCH:
         return tokens
     mean = tokens * top_k / num_experts
@@ -54,10 +56,13 @@ def overflow_block(tokens: int) -> int:
 def plan_dispatch(
     experts: Int[Array, "tokens top_k"], num_experts: int, capacity: int
 ) -> DispatchPlan:
-    """The plan for a routing whose `experts` are distinct for each token."""
+    """The plan for a routing whose `experts` are distinct for each token.
+
+    A negative expert is one of another device: its pair goes nowhere.
+    """
     tokens, top_k = experts.shape
     pairs = tokens * top_k
-    flat = experts.reshape(-1)
+    flat = jnp.where(experts < 0, num_experts, experts).reshape(-1)  # sorted behind all others
     # One key sorts by expert, then by pair: quicker than a stable argsort.
     sorted_keys = jnp.sort(flat * pairs + jnp.arange(pairs, dtype=flat.dtype))
     sorted_pairs = sorted_keys % pairs
@@ -68,7 +73,7 @@ def plan_dispatch(
     group_size = group_end - group_start
     rank_in_order = jnp.arange(pairs, dtype=flat.dtype) - group_start[flat[sorted_pairs]]
     rank = jnp.zeros((pairs,), flat.dtype).at[sorted_pairs].set(rank_in_order, unique_indices=True)
-    in_slot = rank < capacity
+    in_slot = (rank < capacity) & (flat < num_experts)
     places = group_start[:, None] + jnp.arange(capacity, dtype=flat.dtype)
     blocks = -(-jnp.maximum(group_size - capacity, 0) // overflow_block(tokens))
     return DispatchPlan(

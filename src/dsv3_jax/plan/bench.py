@@ -20,7 +20,8 @@ from flax import nnx
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model.accounting import count_flops
 from dsv3_jax.serve.generate import generate
-from dsv3_jax.train.state import build_model, init_state, split_model
+from dsv3_jax.train.layout import make_layout
+from dsv3_jax.train.state import build_model
 from dsv3_jax.train.step import StepSettings, make_train_step
 
 PEAK_SIZE = 1024
@@ -65,13 +66,14 @@ def bench_train(config: RunConfig, batch_size: int | None, repeats: int) -> Benc
         config, train=dataclasses.replace(config.train, batch_size=batch, accumulation=1)
     )
     seq = config.data.seq_len
-    graph, params, bias = split_model(build_model(config, nnx.Rngs(config.train.seed)))
-    state = init_state(config.optimizer, params, bias)
+    layout = make_layout(config)
+    state = layout.initial_state()
     random = np.random.default_rng(0)
-    rows = jnp.asarray(random.integers(0, config.model.vocab_size, (1, batch, seq + 1)), jnp.int32)
+    shape = (1, batch, seq + 1)
+    rows = layout.put_rows(random.integers(0, config.model.vocab_size, shape, np.int32))
     settings = StepSettings(jnp.int32(1), jnp.float32(1e-4), jnp.float32(0.3), jnp.float32(0.001))
     started = time.perf_counter()
-    step = make_train_step(graph, config).lower(state, rows, None, settings).compile()
+    step = make_train_step(layout).lower(state, rows, None, settings).compile()
     compile_seconds = time.perf_counter() - started
 
     def once():

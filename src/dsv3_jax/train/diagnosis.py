@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.rope import rotary
-from dsv3_jax.model.transformer import Transformer, unstack
+from dsv3_jax.model.transformer import Transformer
 
 
 class NonFiniteError(ArithmeticError):
@@ -15,51 +16,53 @@ class NonFiniteError(ArithmeticError):
 
 
 def first_non_finite(
-    model: Transformer, rows: Int[Array, "batch seq_and_one"], squares: nnx.State
+    config: ModelConfig,
+    params: nnx.State,
+    broken: Bool[np.ndarray, " places"],
+    squares: nnx.State,
 ) -> str:
     """The place to look first: a weight, else an activation, else a gradient.
 
-    `squares` holds each tensor's sum of squared gradients. Backward runs from the head down, so of
-    the gradients the last layer's is the first that went wrong.
+    `broken` says of each of `activation_places` whether `broken_activations` found it so. `squares`
+    holds each tensor's sum of squared gradients. Backward runs from the head down, so of the
+    gradients the last layer's is the first that went wrong.
     """
-    weights = [name for name, leaf in _named(nnx.state(model, nnx.Param)) if not _finite(leaf)]
+    weights = [name for name, leaf in _named(params) if not _finite(leaf)]
     if weights:
         return f"weight {weights[0]}"
-    activation = _first_activation(model, rows)
-    if activation is not None:
-        return f"activations after {activation}"
+    if broken.any():
+        return f"activations after {activation_places(config)[int(broken.argmax())]}"
     gradients = [name for name, leaf in _named(squares) if not _finite(leaf)]
     if gradients:
         return f"gradient of {gradients[-1]}"
     return "the loss alone: weights, activations and gradients are finite one by one"
 
 
-def _first_activation(model: Transformer, rows: Int[Array, "batch seq_and_one"]) -> str | None:
-    """Runs the model layer by layer; the first module with a non-finite output."""
+def activation_places(config: ModelConfig) -> list[str]:
+    """Names of what `broken_activations` looks at, in order of execution."""
+    layers = [f"layer {index}" for index in range(config.num_hidden_layers)]
+    modules = [f"mtp[{index}]" for index in range(config.num_nextn_predict_layers)]
+    return ["embed_tokens", *layers, "lm_head", *modules]
+
+
+def broken_activations(
+    model: Transformer, rows: Int[Array, "batch seq_and_one"]
+) -> Bool[Array, " places"]:
+    """Whether the output of each of `activation_places` is not finite for these rows."""
     tokens = rows[:, :-1]
     angles = rotary(model.config, jnp.arange(tokens.shape[1])[None])
-    x = model.embed(tokens)
-    if not _finite(x):
-        return "embed_tokens"
-    layers = []
-    if model.config.num_dense_layers:
-        layers += unstack(model.dense_layers)
-    if model.config.num_moe_layers:
-        layers += unstack(model.moe_layers)
-    for index, layer in enumerate(layers):
-        x = layer(x, angles)[0]
-        if not _finite(x):
-            return f"layer {index}"
-    hidden = model.norm(x)
-    if not _finite(model.logits(hidden)):
-        return "lm_head"
-    modules = unstack(model.mtp) if model.config.num_nextn_predict_layers else []
+    outputs = [[model.embed(tokens)]]
+    for layer in model.unstacked_layers():
+        outputs.append([layer(outputs[-1][0], angles)[0]])
+    hidden = model.norm(outputs[-1][0])
+    outputs.append([model.logits(hidden)])
+    modules = model.layers("mtp") if model.config.num_nextn_predict_layers else []
     for depth, module in enumerate(modules, start=1):
         embedded = model.embed(jnp.pad(rows[:, depth:], ((0, 0), (0, depth - 1))))
         hidden = module(hidden, embedded, angles, None, tokens.shape[1] - depth)[0]
-        if not (_finite(hidden) and _finite(model.logits(hidden))):
-            return f"mtp[{depth - 1}]"
-    return None
+        outputs.append([hidden, model.logits(hidden)])
+    finite = [[jnp.all(jnp.isfinite(array)) for array in arrays] for arrays in outputs]
+    return ~jnp.stack([jnp.all(jnp.stack(of_place)) for of_place in finite])
 
 
 def _named(tree: nnx.State) -> list[tuple[str, jax.Array]]:
@@ -77,4 +80,4 @@ def _named(tree: nnx.State) -> list[tuple[str, jax.Array]]:
 
 
 def _finite(array: jax.Array) -> bool:
-    return bool(np.all(np.isfinite(np.asarray(array, np.float32))))
+    return bool(jnp.all(jnp.isfinite(array)))  # by JAX: shards may lie on other hosts

@@ -5,13 +5,13 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dsv3_jax.checkpoint.manager import CheckpointManager
 from dsv3_jax.config import RunConfig
@@ -21,10 +21,12 @@ from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.model.accounting import count_flops, count_parameters
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.train.balance import max_over_mean
-from dsv3_jax.train.diagnosis import NonFiniteError, first_non_finite
+from dsv3_jax.train.diagnosis import NonFiniteError, broken_activations, first_non_finite
+from dsv3_jax.train.layout import make_layout
 from dsv3_jax.train.loss import evaluation_sums
 from dsv3_jax.train.metrics import METRICS_FILE, MetricsWriter, ProgressDisplay, read_metrics
 from dsv3_jax.train.plots import draw_run
+from dsv3_jax.train.processes import any_process, ending_together, is_first
 from dsv3_jax.train.run_directory import (
     CHECKPOINTS,
     PLOT_FILE,
@@ -34,8 +36,8 @@ from dsv3_jax.train.run_directory import (
     write_config,
 )
 from dsv3_jax.train.schedules import StepPlan, plan_run
-from dsv3_jax.train.state import TrainState, build_model, init_state, split_model
-from dsv3_jax.train.step import StepReport, StepSettings, compute_params, make_train_step
+from dsv3_jax.train.state import TrainState
+from dsv3_jax.train.step import StepReport, StepSettings, make_train_step
 
 LOAD_SAMPLES = 200
 """How many times over a run every expert's load and bias go into metrics.jsonl."""
@@ -65,19 +67,45 @@ def train(
         manager = stack.enter_context(
             CheckpointManager(directory / CHECKPOINTS, config.train.keep_checkpoints)
         )
+        stack.enter_context(ending_together())
         trainer = Trainer(config, directory, manager, initial, tokenizer)
         if trainer.first_step > config.train.steps:
-            print(f"{directory}: all {config.train.steps} steps are done")
+            _say(f"{directory}: all {config.train.steps} steps are done")
             return directory
-        resumed_from = trainer.first_step - 1 if trainer.first_step > 1 else None
-        writer = stack.enter_context(MetricsWriter(directory, resumed_from))
-        progress = stack.enter_context(
-            ProgressDisplay(config.train.steps, first_step=trainer.first_step)
-        )
-        trainer.run(writer, progress, stopped_by)
-    draw_run(read_metrics(directory / METRICS_FILE), directory / PLOT_FILE)
-    print(f"{directory}: metrics.jsonl, {PLOT_FILE}, {CHECKPOINTS}/{config.train.steps}")
+        writer = progress = None
+        if is_first():
+            resumed_from = trainer.first_step - 1 if trainer.first_step > 1 else None
+            writer = stack.enter_context(MetricsWriter(directory, resumed_from))
+            progress = stack.enter_context(
+                ProgressDisplay(config.train.steps, first_step=trainer.first_step)
+            )
+        trainer.run(RunOutput(writer, progress), stopped_by)
+    if is_first():
+        draw_run(read_metrics(directory / METRICS_FILE), directory / PLOT_FILE)
+    _say(f"{directory}: metrics.jsonl, {PLOT_FILE}, {CHECKPOINTS}/{config.train.steps}")
     return directory
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """Where a run's numbers and messages go; nowhere in processes other than the first."""
+
+    writer: MetricsWriter | None
+    progress: ProgressDisplay | None
+
+    def metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        if self.writer is not None and self.progress is not None:
+            self.writer.write(metrics)
+            self.progress.update(step, metrics["loss"], metrics["tokens_per_second"])
+
+    def message(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.message(text)
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(text)
 
 
 class Trainer:
@@ -96,19 +124,28 @@ class Trainer:
         self.manager = manager
         self.plans = plan_run(config.train, config.optimizer, config.loss)
         self.data = _prepare_data(config, directory, tokenizer)
-        self.loader = Loader(self.data, config.train.batch_size, config.train.seed)
-        self.graph, self.state, self.first_step = self._initial_state(initial)
+        self.loader = Loader(
+            self.data,
+            config.train.batch_size,
+            config.train.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        self.layout = make_layout(config)
+        self.state, self.first_step = self._initial_state(initial)
+        self.evaluation_sums = self.layout.sum_over_tokens(evaluation_sums)
         self.eval_batches: list[Batch] = []
         if len(self.data.held_out_rows) >= config.train.batch_size:
             self.eval_batches = self.loader.eval_batches(config.train.eval_batches)
-        write_config(directory, config)
-        if self.data.tokenizer is not None:
-            self.data.tokenizer.save(directory / TOKENIZER_FILE)
-        print(self._introduction())
+        if is_first():
+            write_config(directory, config)
+            if self.data.tokenizer is not None:
+                self.data.tokenizer.save(directory / TOKENIZER_FILE)
+        _say(self._introduction())
 
-    def run(self, writer: MetricsWriter, progress: ProgressDisplay, stopped_by: list[int]) -> None:
+    def run(self, output: RunOutput, stopped_by: list[int]) -> None:
         """Every step that is left, with evaluations and checkpoints between."""
-        step_function = self._compile(progress)
+        step_function = self._compile(output)
         train = self.config.train
         for plan in self.plans[self.first_step - 1 :]:
             started = time.perf_counter()
@@ -121,55 +158,42 @@ class Trainer:
             last = plan.step == train.steps
             if self.eval_batches and (last or _is_due(plan.step, train.eval_every)):
                 metrics |= self._evaluate()
-                progress.message(_describe_evaluation(plan.step, metrics))
-            writer.write(metrics)
-            progress.update(plan.step, metrics["loss"], metrics["tokens_per_second"])
-            stop = bool(stopped_by)  # read once: a signal may come at any moment
+                output.message(_describe_evaluation(plan.step, metrics))
+            output.metrics(plan.step, metrics)
+            stop = any_process(bool(stopped_by))  # read once: a signal may come at any moment
             if last or stop or _is_due(plan.step, train.checkpoint_every):
                 self._save(plan.step)
             if stop and not last:
                 self.manager.wait()
-                name = signal.Signals(stopped_by[0]).name
+                number = stopped_by[0] if stopped_by else signal.SIGTERM  # another process's
                 saved = self.manager.step_directory(plan.step)
                 raise Interrupted(
-                    f"{name} after step {plan.step}: saved to {saved}; the same command goes on",
-                    stopped_by[0],
+                    f"{signal.Signals(number).name} after step {plan.step}: saved to {saved};"
+                    " the same command goes on",
+                    number,
                 )
         if self.data.held_out and self.eval_batches:
             gzip = gzip_bits_per_byte(self.data.held_out)
-            progress.message(f"gzip -9 of the held-out files: {gzip:.3f} bits per byte")
+            output.message(f"gzip -9 of the held-out files: {gzip:.3f} bits per byte")
 
-    def _initial_state(self, initial: Transformer | None) -> tuple[nnx.GraphDef, TrainState, int]:
-        """Structure, state and first step: restored, taken from `initial`, or initialised."""
-        config = self.config
-
-        def initialise() -> Transformer:
-            return build_model(config, nnx.Rngs(config.train.seed))
-
-        abstract = nnx.eval_shape(initialise)
-        graph, *_ = split_model(abstract)
-
-        def fresh() -> TrainState:
-            _, params, bias = split_model(initialise() if initial is None else initial)
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-            return init_state(config.optimizer, params, bias)
-
-        restored = self.manager.restore(jax.eval_shape(fresh))
+    def _initial_state(self, initial: Transformer | None) -> tuple[TrainState, int]:
+        """State and first step: restored, with the weights of `initial`, or initialised."""
+        restored = self.manager.restore(self.layout.abstract_state())
         if restored is None:
-            return graph, jax.jit(fresh)(), 1
+            return self.layout.initial_state(initial), 1
         self.loader.set_state(restored.metadata["data"])
-        return graph, restored.state, restored.step + 1
+        return restored.state, restored.step + 1
 
-    def _compile(self, progress: ProgressDisplay):
+    def _compile(self, output: RunOutput):
         """The step for this run's shapes, compiled before the clock starts."""
         started = time.perf_counter()
         position = self.loader.get_state()
         plan = self.plans[self.first_step - 1]
         rows, documents = self._next_rows(plan)
         self.loader.set_state(position)
-        step = make_train_step(self.graph, self.config)
+        step = make_train_step(self.layout)
         compiled = step.lower(self.state, rows, documents, _settings(plan)).compile()
-        progress.message(f"compiled in {time.perf_counter() - started:.1f} s")
+        output.message(f"compiled in {time.perf_counter() - started:.1f} s")
         return compiled
 
     def _next_rows(self, plan: StepPlan) -> tuple[jax.Array, jax.Array | None]:
@@ -177,11 +201,12 @@ class Trainer:
         train = self.config.train
         part = train.batch_size // train.accumulation
         batch = self.loader.next_batch(plan.micro_batches * part)
+        mine = part // jax.process_count()
 
         def arrange(array):
-            padded = np.zeros((train.batch_size, array.shape[1]), np.int32)
+            padded = np.zeros((train.accumulation * mine, array.shape[1]), np.int32)
             padded[: len(array)] = array
-            return jnp.asarray(padded.reshape(train.accumulation, part, -1))
+            return self.layout.put_rows(padded.reshape(train.accumulation, mine, -1))
 
         documents = None if batch.documents is None else arrange(batch.documents)
         return arrange(batch.tokens), documents
@@ -212,31 +237,38 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         """Loss and bits per byte of the held-out batches."""
-        params = compute_params(self.state.params, self.config.precision.recipe)
-        model = nnx.merge(self.graph, params, self.state.selection_bias)
         tokenizer = self.data.tokenizer
-        token_bytes = jnp.zeros((self.config.model.vocab_size,), jnp.int32)
+        token_bytes = np.zeros((self.config.model.vocab_size,), np.int32)
         if tokenizer is not None:
             known = tokenizer.token_bytes()
-            token_bytes = token_bytes.at[: len(known)].set(known)
+            token_bytes[: len(known)] = known
         sums = np.zeros(3)
         for batch in self.eval_batches:
-            documents = None if batch.documents is None else jnp.asarray(batch.documents)
-            sums += evaluation_sums(model, jnp.asarray(batch.tokens), documents, token_bytes)
+            documents = None if batch.documents is None else self._put_batch(batch.documents)
+            rows = self._put_batch(batch.tokens)
+            sums += self.evaluation_sums(self.state, rows, documents, token_bytes)
         nll, predictions, byte_count = sums
         result = {"eval_loss": float(nll / predictions)}
         if byte_count > 0:
             result["eval_bits_per_byte"] = float(nll / math.log(2) / byte_count)
         return result
 
+    def _put_batch(self, array: np.ndarray) -> jax.Array:
+        return self.layout.put_rows(array[None])[0]
+
     def _save(self, step: int) -> None:
         self.manager.save(step, self.state, {"step": step, "data": self.loader.get_state()})
 
     def _explain(self, step: int, rows: jax.Array, report: StepReport) -> str:
-        params = compute_params(self.state.params, self.config.precision.recipe)
-        model = nnx.merge(self.graph, params, self.state.selection_bias)
-        every_row = rows.reshape(-1, rows.shape[-1])  # those beyond a ramp's are tokens too, all 0
-        where = first_non_finite(model, every_row, report.gradient_norm.squares)
+        look = self.layout.sum_over_tokens(
+            lambda model, part, _: broken_activations(model, part).astype(jnp.int32)
+        )
+        # Parts beyond a ramp's are tokens too, all 0.
+        counts = [np.asarray(look(self.state, part, None)) for part in rows]
+        squares = report.gradient_norm.squares
+        where = first_non_finite(
+            self.config.model, self.state.params, np.sum(counts, axis=0) > 0, squares
+        )
         self.manager.wait()  # a save in flight may be the last good one
         good = self.manager.latest()
         checkpoint = (
@@ -272,11 +304,13 @@ def _prepare_data(config: RunConfig, directory: Path, tokenizer: Tokenizer | Non
 
 
 def _settings(plan: StepPlan) -> StepSettings:
-    return StepSettings(
-        jnp.asarray(plan.micro_batches, jnp.int32),
-        jnp.asarray(plan.learning_rate, jnp.float32),
-        jnp.asarray(plan.mtp_weight, jnp.float32),
-        jnp.asarray(plan.bias_update_rate, jnp.float32),
+    """As NumPy scalars, which every process hands in alike."""
+    settings: Any = StepSettings
+    return settings(
+        np.int32(plan.micro_batches),
+        np.float32(plan.learning_rate),
+        np.float32(plan.mtp_weight),
+        np.float32(plan.bias_update_rate),
     )
 
 

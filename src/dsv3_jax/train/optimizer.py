@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import OptimizerConfig
+from dsv3_jax.parallel.sharding import add_over
 
 CLIP_EPS = 1e-6
 """Added to the norm before dividing, as PyTorch's clip_grad_norm_ does."""
@@ -74,14 +75,21 @@ def decays(path: tuple) -> bool:
     return not any("norm" in str(part) for part in path)
 
 
-def gradient_norm(gradients: nnx.State, stacked: nnx.State) -> GradientNorm:
-    """Norms in FP32. `stacked` is True for tensors whose first dim is the layer."""
+def gradient_norm(
+    gradients: nnx.State, stacked: nnx.State, placements: nnx.State | None = None
+) -> GradientNorm:
+    """Norms in FP32. `stacked` is True for tensors whose first dim is the layer.
+
+    `placements` says over which devices the shards of a tensor lie, inside shard_map.
+    """
 
     def squares(gradient, is_stacked):
         axes = tuple(range(1 if is_stacked else 0, gradient.ndim))
         return jnp.sum(jnp.square(gradient.astype(jnp.float32)), axis=axes)
 
     by_tensor = jax.tree.map(squares, gradients, stacked)
+    if placements is not None:
+        by_tensor = jax.tree.map(lambda s, p: add_over(p.shard_axes, s), by_tensor, placements)
     return GradientNorm(
         jnp.sqrt(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(by_tensor))), by_tensor
     )

@@ -8,12 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from dsv3_jax.config import OptimizerConfig, RunConfig
+from dsv3_jax.model.experts import make_dispatcher
 from dsv3_jax.model.router import SelectionBias
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.sharding import STACKS
 from dsv3_jax.train.optimizer import Moments, init_moments
-
-STACKS = ("dense_layers", "moe_layers", "mtp")
-"""Attributes of the model whose arrays have the layer as their first dim."""
 
 
 class TrainState(NamedTuple):
@@ -28,7 +27,11 @@ class TrainState(NamedTuple):
 def build_model(config: RunConfig, rngs: nnx.Rngs) -> Transformer:
     """The run's model in FP32, initialised from `rngs`."""
     return Transformer(
-        config.model, rngs=rngs, remat=config.train.remat, scan_layers=config.train.scan_layers
+        config.model,
+        rngs=rngs,
+        remat=config.train.remat,
+        scan_layers=config.train.scan_layers,
+        dispatcher=make_dispatcher(config.model, config.parallel),
     )
 
 

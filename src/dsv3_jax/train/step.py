@@ -6,16 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import RunConfig
-from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.sharding import add_over
 from dsv3_jax.train.balance import update_selection_bias
+from dsv3_jax.train.layout import ROWS, Layout
 from dsv3_jax.train.loss import Losses, loss_mask, training_loss
 from dsv3_jax.train.optimizer import GradientNorm, adamw_update, clip_factor, gradient_norm
 from dsv3_jax.train.state import TrainState, is_stacked
-
-COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 class StepSettings(NamedTuple):
@@ -40,29 +39,18 @@ class StepReport(NamedTuple):
 TrainStep = Callable[..., tuple[TrainState, StepReport]]
 
 
-def compute_params(params: nnx.State, recipe: str) -> nnx.State:
-    """The weights in the dtype the model computes in; embedding, norms and routers stay FP32."""
-
-    def cast(path, leaf):
-        names = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
-        kept_names = {"gate", "embed_tokens"}
-        keep = not kept_names.isdisjoint(names) or any("norm" in name for name in names)
-        return leaf if keep else leaf.astype(COMPUTE_DTYPES[recipe])
-
-    return jax.tree.map_with_path(cast, params)
-
-
-def make_train_step(graph: nnx.GraphDef, config: RunConfig) -> TrainStep:
-    """`step(state, rows, documents, settings)`, jitted, its state donated.
+def make_train_step(layout: Layout) -> TrainStep:
+    """`step(state, rows, documents, settings)`, jitted over the layout's mesh, its state donated.
 
     `rows` is int32 [accumulation, part, seq + 1]; the first `settings.micro_batches` parts are
     used. `documents` is the same shape or None. Losses and gradients are the whole batch's means.
+    Gradients of all parts are added up on each device and reduced over devices once.
     """
+    config, placements = layout.config, layout.placements
 
     def losses_of(params, bias, rows, documents, predictions, sequences, mtp_weight):
-        model: Transformer = nnx.merge(graph, compute_params(params, config.precision.recipe), bias)
         return training_loss(
-            model,
+            layout.model(params, bias),
             rows,
             documents,
             predictions=predictions,
@@ -76,12 +64,14 @@ def make_train_step(graph: nnx.GraphDef, config: RunConfig) -> TrainStep:
     def batch_gradients(state, rows, documents, settings):
         parts = rows.shape[0]
         used = jnp.arange(parts) < settings.micro_batches
-        predictions = _count_predictions(rows, documents, used)
         sequences = (jnp.sum(used) * rows.shape[1]).astype(jnp.float32)
+        counts = (_count_predictions(rows, documents, used), sequences)
+        predictions, sequences = add_over(layout.token_axes, counts)
+        weights = layout.weights(state.params)
 
         def part_gradients(index):
             (_, (losses, load)), gradients = differentiate(
-                state.params,
+                weights,
                 state.selection_bias,
                 rows[index],
                 None if documents is None else documents[index],
@@ -89,20 +79,28 @@ def make_train_step(graph: nnx.GraphDef, config: RunConfig) -> TrainStep:
                 sequences,
                 settings.mtp_weight,
             )
-            return losses, load, gradients
+            return losses, load, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
 
         if parts == 1:
-            return part_gradients(0)
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part_gradients, 0)
-        )
-        add = lambda index, total: jax.tree.map(jnp.add, total, part_gradients(index))  # noqa: E731
-        return jax.lax.fori_loop(0, settings.micro_batches, add, zeros)
+            totals = part_gradients(0)
+        else:
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part_gradients, 0)
+            )
+
+            def add_part(index, total):
+                return jax.tree.map(jnp.add, total, part_gradients(index))
+
+            totals = jax.lax.fori_loop(0, settings.micro_batches, add_part, zeros)
+        losses, load, gradients = totals
+        with jax.named_scope("reduce_gradients"):
+            gradients = layout.reduce(gradients)
+        return *add_over(layout.token_axes, (losses, load)), gradients
 
     def step(state, rows, documents, settings):
         losses, load, gradients = batch_gradients(state, rows, documents, settings)
         with jax.named_scope("optimizer"):
-            norm = gradient_norm(gradients, is_stacked(gradients))
+            norm = gradient_norm(gradients, is_stacked(gradients), placements)
             factor = clip_factor(norm.total, config.optimizer.clip_norm)
             clipped = jax.tree.map(lambda g: g * factor, gradients)
             params, moments = adamw_update(
@@ -123,7 +121,8 @@ def make_train_step(graph: nnx.GraphDef, config: RunConfig) -> TrainStep:
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return kept, StepReport(losses, norm, load, finite)
 
-    return jax.jit(step, donate_argnums=0)
+    specs, nowhere = layout.state_specs(), PartitionSpec()
+    return layout.on_mesh(step, (specs, ROWS, ROWS, nowhere), (specs, nowhere), donate=(0,))
 
 
 def _count_predictions(

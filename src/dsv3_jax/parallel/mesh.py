@@ -1,0 +1,37 @@
+"""The mesh `pipe data node gpu`, and on which axes what is spread.
+
+Tokens are split over (data, node, gpu), experts over (node, gpu); everything else of a pipeline
+rank is the same on all of them. Devices are taken in their order, so that `gpu` runs over the
+devices of one host and `node` over hosts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from dsv3_jax.config import ParallelConfig
+
+AXES = ("pipe", "data", "node", "gpu")
+TOKEN_AXES = ("data", "node", "gpu")
+EXPERT_AXES = ("node", "gpu")
+
+
+def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (None: all there are), ValueError if it needs another number."""
+    devices = jax.devices() if devices is None else devices
+    if len(devices) != config.num_devices:
+        sizes = " x ".join(str(size) for size in config.mesh_shape)
+        raise ValueError(
+            f"parallel.pipe x data x node x gpu is {sizes} = {config.num_devices} devices, expected"
+            f" the {len(devices)} that there are (parallel.simulated_devices fakes some on CPU)"
+        )
+    grid = np.array(devices).reshape(config.mesh_shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def used_axes(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `axes` with more than one device: a collective over the others does nothing."""
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)

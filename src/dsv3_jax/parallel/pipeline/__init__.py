@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules are data, and one executor runs any of them."""

@@ -1,0 +1,98 @@
+"""A run's own train step, compiled for a cluster and reported on: what `dsv3 compile` does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsv3_jax.config import RunConfig
+from dsv3_jax.model.accounting import count_flops
+from dsv3_jax.plan.compile_ahead import CompiledStep, compile_ahead, topology_devices
+from dsv3_jax.plan.hardware import Gpu
+from dsv3_jax.plan.program import TripRule
+from dsv3_jax.plan.report import Analysis, MemoryUse, analyse
+from dsv3_jax.plan.report_page import as_html
+from dsv3_jax.plan.roofline import BranchRule
+
+LowerStep = Callable[[RunConfig, list[Any]], jax.stages.Lowered]
+
+
+def compile_step(
+    config: RunConfig,
+    gpu: Gpu,
+    hosts: int,
+    lower: LowerStep,
+    branches: BranchRule | str = "max",
+) -> tuple[CompiledStep, Analysis]:
+    """The step that `lower(config, devices)` makes, for `hosts` nodes of eight GPUs.
+
+    ValueError if the mesh of `config.parallel` does not have as many devices.
+    """
+    check_hosts(config, gpu, hosts)
+    compiled = compile_ahead(lower(config, topology_devices(gpu, hosts)))
+    memory = MemoryUse(
+        argument_bytes=compiled.argument_bytes,
+        new_output_bytes=compiled.output_bytes - compiled.alias_bytes,
+        temp_bytes=compiled.temp_bytes,
+        code_bytes=compiled.code_bytes,
+        arguments=compiled.arguments,
+    )
+    analysis = analyse(
+        compiled.hlo_text,
+        memory,
+        gpu,
+        compile_seconds=compiled.compile_seconds,
+        compile_host_bytes=compiled.host_peak_bytes,
+        model_flops_per_gpu=model_flops_per_gpu(config, hosts * gpu.gpus_per_node),
+        branches=branches,
+        trips=balanced_trips(config.train.accumulation),
+    )
+    return compiled, analysis
+
+
+def check_hosts(config: RunConfig, gpu: Gpu, hosts: int) -> None:
+    """Raises ValueError where the cluster's GPUs are not those of the run's mesh."""
+    p = config.parallel
+    wanted = p.pipe * p.data * p.node * p.gpu
+    if hosts < 1 or hosts * gpu.gpus_per_node != wanted:
+        raise ValueError(
+            f"--hosts is {hosts} of {gpu.gpus_per_node} GPUs, expected pipe x data x node x gpu ="
+            f" {p.pipe} x {p.data} x {p.node} x {p.gpu} = {wanted} GPUs: {_hosts_for(wanted, gpu)}"
+        )
+
+
+def _hosts_for(devices: int, gpu: Gpu) -> str:
+    whole, rest = divmod(devices, gpu.gpus_per_node)
+    return "the mesh does not fill whole hosts" if rest else f"--hosts {whole}"
+
+
+def model_flops_per_gpu(config: RunConfig, devices: int) -> float:
+    """Accounting's FLOPs of one optimizer step, forward and backward, MTP included, a GPU."""
+    seq = config.data.seq_len
+    tokens = config.train.batch_size * seq
+    return count_flops(config.model, seq).training * tokens / devices
+
+
+def balanced_trips(accumulation: int) -> TripRule:
+    """How often the step's loops run that end by its data, if experts are loaded evenly.
+
+    Those in the routed experts are for rows beyond the buffers of the first round: never. Outside
+    them the outermost is over the parts of a batch, of which a full batch has `accumulation`.
+    """
+
+    def trips(op_name: str) -> int:
+        if "routed_experts" in op_name:
+            return 0
+        return accumulation if op_name.count("/while") <= 1 else 1
+
+    return trips
+
+
+def dump(directory: Path, compiled: CompiledStep, analysis: Analysis) -> list[Path]:
+    """Writes `step.hlo.txt` and `report.html` into `directory`, which it makes; their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {"step.hlo.txt": compiled.hlo_text, "report.html": as_html(analysis)}
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return [directory / name for name in files]

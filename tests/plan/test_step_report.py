@@ -1,0 +1,99 @@
+"""`dsv3 compile`: the run's own step on a cluster of its size, and what is refused."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.config import DataConfig, ParallelConfig, RunConfig, TrainConfig
+from dsv3_jax.model.accounting import count_flops
+from dsv3_jax.plan.hardware import find_gpu
+from dsv3_jax.plan.step_report import balanced_trips, check_hosts, model_flops_per_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+H800 = find_gpu("h800")
+# Two layers are as good as many, and compile sooner.
+MESH = ["parallel.node=2", "parallel.gpu=8", "train.batch_size=16", "model.num_hidden_layers=2"]
+
+
+def dsv3_compile(*arguments: str, settings: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dsv3_jax.cli", "compile", "configs/bench_tiny.py"]
+    return subprocess.run(
+        [*command, *arguments, *(f"--set={setting}" for setting in settings)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_s_step_is_compiled_and_reported(tmp_path):
+    arguments = ("--gpu=h800", "--hosts=2", "--json", f"--dump={tmp_path / 'dump'}")
+    result = dsv3_compile(*arguments, settings=MESH)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["gpu"], report["devices"], report["fits"]) == ("h800", 16, True)
+    assert report["bytes_by_kind"]["optimizer"] == 2 * report["bytes_by_kind"]["weights"] > 0
+    assert 1 < report["flops_over_model"] < 4
+    kinds = {row["kind"] for row in report["collectives"]}
+    assert {"all-to-all", "all-gather", "reduce-scatter"} <= kinds
+    assert report["network_bytes_per_gpu"] > 0
+    assert 0 < report["predicted_step_seconds"] < 1
+    assert (tmp_path / "dump" / "step.hlo.txt").read_text().startswith("HloModule")
+    assert "<svg" in (tmp_path / "dump" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu=a100", "--hosts=2"), "gpu is 'a100', expected one of h100, h200, h800, b200"),
+        (("--gpu=h800", "--hosts=3"), "x gpu = 1 x 1 x 2 x 8 = 16 GPUs: --hosts 2"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(arguments, message):
+    result = dsv3_compile(*arguments, settings=MESH)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hosts", "advice"),
+    [
+        (dict(node=2, gpu=8), 1, "--hosts 2"),
+        (dict(gpu=4), 1, "the mesh does not fill whole hosts"),
+        (dict(node=2, gpu=8), 0, "--hosts 2"),
+    ],
+)
+def test_hosts_must_be_those_of_the_mesh(sizes, hosts, advice):
+    config = RunConfig(parallel=ParallelConfig(**sizes), train=TrainConfig(batch_size=16))
+    with pytest.raises(ValueError, match=f"--hosts is {hosts} of 8 GPUs, .* GPUs: {advice}$"):
+        check_hosts(config, H800, hosts)
+
+
+def test_the_model_s_flops_are_shared_out():
+    config = RunConfig(
+        data=DataConfig(seq_len=4096),
+        train=TrainConfig(batch_size=15360, accumulation=120),
+    )
+    flops = model_flops_per_gpu(config, 2048)
+    assert flops == pytest.approx(count_flops(config.model, 4096).training * 15360 * 4096 / 2048)
+    no_mtp = dataclasses.replace(config.model, num_nextn_predict_layers=0)
+    without = model_flops_per_gpu(dataclasses.replace(config, model=no_mtp), 2048)
+    assert without == pytest.approx(250.46e9 * 15360 * 4096 / 2048, rel=1e-4)  # Table 2
+
+
+def test_loops_of_an_evenly_loaded_step():
+    trips = balanced_trips(120)
+    assert trips("jit(step)/shard_map/while") == 120
+    assert trips("jit(step)/shard_map/while/body/jvp()/routed_experts/while") == 0
+    assert trips("jit(step)/shard_map/while/body/while") == 1
+    assert balanced_trips(1)("jit(step)/jvp()/eval_jaxpr/routed_experts/jvp()/while") == 0
