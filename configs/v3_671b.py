@@ -1,7 +1,7 @@
 """DeepSeek-V3, 671B parameters, as pre-trained: shape, optimizer and schedules of the report.
 
 Source: DeepSeek-V3 Technical Report §4.2. Hardware there: 2,048 H800, 14.8T tokens in 2.664M GPU
-hours. This release has no pipeline: the file serves accounting, `dsv3 compile` and as a base for others.
+hours. This release has no pipeline: the file serves accounting, `dsv3 compile` and as a base.
 """
 
 from dsv3_jax.config import (
