@@ -79,7 +79,7 @@ WRONG = [
     (["1f1b", *SMALL, "--durations", "1,2"], "--durations is '1,2', expected seconds F,FB,B,W"),
     (["1f1b", *SMALL, "--durations", "1,2,a,1"], "--durations is '1,2,a,1', expected seconds"),
     (["1f1b", *SMALL, "--durations", "1,2,1,1"], "durations.weight is 1.0, expected less than"),
-    (["1f1b", *SMALL, "--durations", "-1,2,2,1"], "durations.forward is -1.0, expected a number"),
+    (["1f1b", *SMALL, "--durations=-1,2,2,1"], "durations.forward is -1.0, expected a number"),
     (["1f1b", *SMALL, "--png", "absent/a.png"], "absent/a.png"),
 ]
 

@@ -83,7 +83,7 @@ def compile_ahead(
 ) -> CompiledStep:
     """The program that `lowered`, on devices of `topology_devices`, becomes.
 
-    `options`, over DEFAULT_OPTIONS, are XLA's flags without their dashes, e.g. `xla_gpu_enable_triton_gemm=False`.
+    `options` are XLA's flags without their dashes, e.g. `xla_gpu_enable_triton_gemm=False`.
     """
     # None of XLA's own kernels for small all-reduces, NCCL's instead: over two mesh axes at once
     # their compilation aborts the process (jax 0.12.0, `size mismatch when packing elements`).
