@@ -141,15 +141,15 @@ def wait_for_lines(folder: Path, name: str, count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_other_and_says_so(folder, lost):
-    """By our line; where process 0 is lost, JAX's own watch may be quicker and aborts."""
+    """By our line, or by JAX's own watch where that is quicker: heartbeats, and it aborts."""
     processes = start_two(folder, "--set", "train.steps=100000")
     wait_for_lines(folder, "run", 7)
     processes[lost].kill()
     left = processes[1 - lost]
-    _, errors = left.communicate(timeout=60)
+    _, errors = left.communicate(timeout=90)
     processes[lost].communicate()
     ours = f"dsv3 train: process {1 - lost} of 2 ends, work with the others failed"
-    if left.returncode == -signal.SIGABRT and lost == 0:
+    if left.returncode == -signal.SIGABRT:
         assert "this most likely indicates that another task died" in errors.lower()
     else:
         assert left.returncode == 1, errors
