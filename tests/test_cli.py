@@ -159,6 +159,27 @@ WRONG_CONFIG = [
 ]
 
 
+PIPELINE = [
+    *("--set=parallel.pipe=2", "--set=parallel.schedule=1f1b"),
+    *("--set=parallel.micro_batches=4", "--set=parallel.simulated_devices=2"),
+]
+FIVE_STAGES = ["--set=parallel.pipe=5", "--set=parallel.simulated_devices=5"]
+WRONG_CONFIG += [
+    ([BENCH_TINY, *PIPELINE, *changes], *fragments)
+    for changes, *fragments in (
+        (["--set=parallel.pipe=1"], "parallel.schedule is '1f1b'", "or parallel.pipe above 1"),
+        (["--set=parallel.schedule=none"], "parallel.schedule is 'none'", "one of 1f1b, zb1p"),
+        (["--set=parallel.schedule=gpipe"], "parallel.schedule is 'gpipe'", "one of none, 1f1b"),
+        (["--set=parallel.micro_batches=3"], "parallel.micro_batches is 3", "a divisor of train."),
+        (["--set=parallel.micro_batches=two"], "--set parallel.micro_batches", "an integer"),
+        (["--set=parallel.simulated_devices=3"], "parallel.simulated_devices is 3", "gpu = 2"),
+        (["--set=train.accumulation=2"], "train.accumulation is 2", "1 where parallel.pipe is"),
+        (["--set=parallel.zero=3"], "parallel.zero is 3", "1 where parallel.pipe is above 1"),
+        (FIVE_STAGES, "parallel.pipe = 5: 5 stages is 5", "at most 4, the model's layers"),
+    )
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "command", "fragments"), [(a, c, f) for a, c, *f in WRONG_USE]
 )
@@ -289,6 +310,37 @@ def test_bench_prints_one_json_object_and_nothing_else(tmp_path):
     assert wanted <= report.keys()
     assert all(report[key] > 0 for key in wanted)
     assert report["tokens_per_second"] * report["step_seconds"] == pytest.approx(2 * 32)
+
+
+@pytest.mark.slow
+def test_train_in_a_pipeline_of_simulated_devices(tmp_path):
+    """The demo's config, made small, on its own data: the losses are those of one device."""
+    for name, count in (("corpus", 900), ("held", 300)):
+        lines = [f"def f{i}(x):\n    return x + {i}\n" for i in range(count)]
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    common = [
+        *SMALL,
+        *("--set=model.num_hidden_layers=3", "--set=model.first_k_dense_replace=1"),
+        *("--set=model.num_nextn_predict_layers=1", "--set=train.batch_size=8"),
+        *("--set=train.steps=3", "--set=train.eval_every=3", "--set=train.eval_batches=1"),
+        *("--set=data.source=text", "--set=data.paths=corpus.txt"),
+        *("--set=data.eval_paths=held.txt", "--set=data.eval_fraction=0"),
+    ]
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT / "src")}
+    runs = []
+    for name, flags in (("alone", []), ("pipeline", PIPELINE)):
+        arguments = [ROOT / "configs" / "demo.py", *common, f"--set=train.name={name}", *flags]
+        result = run_python("-m", "dsv3_jax.cli", "train", *arguments, cwd=tmp_path, env=quick)
+        assert result.returncode == 0, result.stderr
+        assert "step 3/3" in result.stdout and "step 3: held-out loss" in result.stdout
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        runs.append([json.loads(line) for line in lines])
+    alone, pipeline = runs
+    for name in ("tokens_seen", "loss", "mtp_loss", "balance_loss", "grad_norm"):
+        for found, expected in zip(pipeline, alone, strict=True):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert pipeline[-1]["eval_loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-5)
 
 
 def test_import_train_generate_and_export(dsv3, hub, tmp_path):

@@ -208,7 +208,7 @@ def step_arguments(config: RunConfig):
 
 def mean_overflow_blocks(load: np.ndarray, model: ModelConfig, tokens: int) -> float:
     """Overflow blocks of a layer, the mean over layers, for the tokens each expert has got."""
-    capacity = choose_capacity(tokens, model.num_experts_per_tok, model.n_routed_experts)
+    capacity = choose_capacity(tokens, model.num_experts_per_tok, model.n_routed_experts, tokens)
     blocks = -(-np.maximum(load - capacity, 0) // overflow_block(tokens))
     return float(blocks.sum(axis=1).mean())
 

@@ -110,7 +110,7 @@ def test_bfloat16_stays_bfloat16():
 def trips_of(chosen: np.ndarray, experts: int) -> int:
     """Overflow blocks of a routing, by counting."""
     tokens, top_k = chosen.shape
-    capacity = choose_capacity(tokens, top_k, experts)
+    capacity = choose_capacity(tokens, top_k, experts, tokens)
     over = np.maximum(np.bincount(chosen.ravel(), minlength=experts) - capacity, 0)
     return int(np.sum(-(-over // overflow_block(tokens))))
 
@@ -143,5 +143,5 @@ def test_products_are_those_of_the_chosen_pairs():
     assert 1.0 <= dot_flops(traced, trips_of(even, experts)) / pairs <= 1.15
     worst = np.tile(np.arange(top_k), (tokens, 1))
     assert 1.5 <= dot_flops(traced, trips_of(worst, experts)) / pairs <= 2.1
-    plan = plan_dispatch(jnp.asarray(worst, jnp.int32), experts, choose_capacity(2048, 4, 16))
+    plan = plan_dispatch(jnp.asarray(worst, jnp.int32), experts, choose_capacity(2048, 4, 16, 2048))
     assert int(plan.block_end[-1]) == trips_of(worst, experts) == 48

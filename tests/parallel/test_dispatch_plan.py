@@ -111,6 +111,27 @@ def test_the_example_of_the_module():
     np.testing.assert_array_equal(real[:2], [[True, True, False, False], [True] + [False] * 3])
 
 
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 1, 1), (37, 3, 5), (300, 4, 16)])
+def test_pairs_of_other_devices_come_last_and_go_nowhere(tokens, top_k, experts, share):
+    random = np.random.default_rng(0)
+    routing = draw_routing(tokens, top_k, experts, "uniform", 0)
+    routing[random.random(routing.shape) >= share] = -1
+    plan, _ = plan_and_blocks(jnp.asarray(routing, jnp.int32), experts, 2)
+    flat = np.where(routing < 0, experts, routing).ravel()
+    load = np.bincount(flat, minlength=experts + 1)[:experts]
+    np.testing.assert_array_equal(plan.group_size, load)
+    np.testing.assert_array_equal(plan.group_start, np.cumsum(load) - load)
+    np.testing.assert_array_equal(plan.sorted_pairs, np.argsort(flat, kind="stable"))
+    assert not np.asarray(plan.pair_in_slot)[routing < 0].any()
+
+
+def test_plans_have_no_loop():
+    experts = jnp.asarray(draw_routing(300, 3, 8, "uniform", 0), jnp.int32)
+    text = plan_and_blocks.lower(experts, 8, 40).compile().as_text()
+    assert text and " while(" not in text
+
+
 def test_the_check_sees_a_wrong_plan():
     """Negative control: two slots swapped between experts."""
     experts = draw_routing(7, 3, 5, "uniform", 0)
@@ -127,11 +148,11 @@ def test_the_check_sees_a_wrong_plan():
 )
 def test_slots_hold_an_eighth_more_than_the_mean_load(tokens, top_k, experts):
     """So an even routing needs no overflow and at most a sixth of the slots are empty."""
-    capacity, mean = choose_capacity(tokens, top_k, experts), tokens * top_k / experts
+    capacity, mean = choose_capacity(tokens, top_k, experts, tokens), tokens * top_k / experts
     assert mean <= capacity <= tokens
     assert capacity == tokens or 1.125 * mean <= capacity <= 1.125 * mean + 9
 
 
 def test_few_tokens_cannot_overflow():
     for tokens in range(1, 33):
-        assert choose_capacity(tokens, 8, 8) == tokens
+        assert choose_capacity(tokens, 8, 8, tokens) == tokens

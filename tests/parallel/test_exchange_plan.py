@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,6 +64,22 @@ def test_experts_are_numbered_anew_by_their_holder(exchange):
             for expert, local in zip(row, of_row, strict=True):
                 here = expert >= 0 and expert // per_peer == peer
                 assert local == (expert - peer * per_peer if here else NO_EXPERT)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 20, 45])
+@pytest.mark.parametrize("density", [0, 0.1, 0.5, 1])
+def test_jax_arrays_give_the_same_plan_without_a_loop(density, capacity):
+    """Rounds past the last one too."""
+    wanted = np.random.default_rng(capacity).random((40, 3)) < density
+    wanted[:, 1] = False  # a peer that wants nothing
+    compiled = jax.jit(plan_round, static_argnums=2).lower(jnp.asarray(wanted), 0, capacity)
+    compiled = compiled.compile()
+    assert " while(" not in (compiled.as_text() or "")
+    for index in range(int(rounds_needed(wanted, capacity)) + 2):
+        expected = plan_round(wanted, index, capacity)
+        for found, array in zip(compiled(jnp.asarray(wanted), index), expected, strict=True):
+            assert found.dtype == array.dtype == np.int32
+            np.testing.assert_array_equal(found, array)
 
 
 def test_the_example_of_the_module():

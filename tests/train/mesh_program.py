@@ -21,17 +21,18 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import OptimizerConfig, ParallelConfig, RunConfig
-from dsv3_jax.config.training import DataConfig, LossConfig, TrainConfig
+from dsv3_jax.config.training import DataConfig, LossConfig, PrecisionConfig, TrainConfig
 from dsv3_jax.train.layout import Layout
 from dsv3_jax.train.state import TrainState
 from dsv3_jax.train.step import make_train_step
 from tests import oracle
-from tests.oracle.cases import tiny_config
+from tests.oracle.cases import V2_CHANGES, tiny_config
 from tests.train.models import hub_tensors, model_config, relative_error, settings, state_of
 
-SEQ, BATCH, VOCAB = 24, 16, 23
+SEQ, BATCH = 24, 16
 BASE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts_per_tok": 3}
-NOT_PARALLEL = ("one_expert", "accumulation", "documents")
+NOT_PARALLEL = ("one_expert", "accumulation", "documents", "model", "used_parts", "recipe")
+"""What the run on one device does too; how much is computed again is not part of it."""
 CASES: dict[str, dict[str, Any]] = {
     "gpu 2": {"gpu": 2},
     "node 2": {"node": 2},
@@ -60,43 +61,121 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+ONE_EXPERT: dict[str, Any] = {"num_experts_per_tok": 1, "norm_topk_prob": False}
+"""Normalised, the weight of a single expert is 1 and the router learns nothing from it."""
+
+
+def pipeline(schedule: str, pipe: int, micro_batches: int = 8, **changes: Any) -> dict[str, Any]:
+    """The changes of a pipeline case, four layers where `model` does not say otherwise."""
+    return {
+        "schedule": schedule,
+        "pipe": pipe,
+        "micro_batches": micro_batches,
+        **changes,
+        "model": FOUR_LAYERS | changes.get("model", {}),
+    }
+
+
+FOUR_LAYERS = {"num_hidden_layers": 4, "first_k_dense_replace": 1}
+DEEP = {"num_hidden_layers": 8, "first_k_dense_replace": 3}
+NO_MTP = {"num_nextn_predict_layers": 0}
+TWO_MTP = {"num_nextn_predict_layers": 2, "vocab_size": 24}
+V2_ROUTER = {  # no selection bias
+    **{key: V2_CHANGES[key] for key in ("q_lora_rank", "scoring_func", "topk_method")},
+    **{key: V2_CHANGES[key] for key in ("n_shared_experts", "norm_topk_prob")},
+}
+PARTS: dict[str, Any] = {"accumulation": 8}  # on one device; a pipeline has its micro-batches
+CASES |= {
+    "1f1b, pipe 2": pipeline("1f1b", 2, model=DEEP),
+    "1f1b, pipe 4, gpu 2": pipeline("1f1b", 4, gpu=2, model=DEEP),
+    "zb1p, pipe 4, node 2": pipeline("zb1p", 4, node=2, model=DEEP),
+    "dualpipe, pipe 2, node 2, gpu 2": pipeline("dualpipe", 2, 4, node=2, gpu=2, model=DEEP),
+    "dualpipe, pipe 4, gpu 2": pipeline("dualpipe", 4, gpu=2, model=DEEP),
+    "dualpipev, pipe 2, data 2, gpu 2": pipeline("dualpipev", 2, 4, data=2, gpu=2, model=DEEP),
+    "dualpipev, pipe 4, node 2": pipeline("dualpipev", 4, node=2, model=DEEP),
+    # Of one model and batch: one run on one device serves all.
+    "dualpipe, documents": pipeline("dualpipe", 2, 4, node=2, gpu=2, documents=True),
+    "dualpipev, documents, remat selective": pipeline(
+        "dualpipev", 2, 4, gpu=2, documents=True, remat="selective"
+    ),
+    "zb1p, documents, remat full": pipeline("zb1p", 4, documents=True, remat="full"),
+    "dualpipe, no late weight gradients": pipeline(
+        "dualpipe", 2, 4, gpu=2, documents=True, late_weight_gradients=False
+    ),
+    # The model
+    "dualpipe, two MTP modules, vocabulary 24": pipeline("dualpipe", 2, 4, gpu=2, model=TWO_MTP),
+    "zb1p, two MTP modules, vocabulary 24": pipeline("zb1p", 2, 4, gpu=2, model=TWO_MTP),
+    "dualpipev, no dense layers, no MTP": pipeline(
+        "dualpipev", 2, 4, gpu=2, model=NO_MTP | {"first_k_dense_replace": 0}
+    ),
+    "zb1p, no experts": pipeline(
+        "zb1p", 4, data=2, model=NO_MTP | {"first_k_dense_replace": 4, "n_routed_experts": 0}
+    ),
+    "dualpipe, V2's router": pipeline("dualpipe", 2, 4, gpu=2, model=V2_ROUTER),
+    # The batch and what is sent
+    "dualpipe, all to one expert, many rounds": pipeline(
+        "dualpipe", 2, 4, node=2, gpu=2, one_expert=True, capacity_factor=0.1
+    ),
+    "zb1p, many rounds, remat full": pipeline(
+        "zb1p", 2, 4, gpu=4, capacity_factor=0.1, remat="full"
+    ),
+    "dualpipe, 5 of 8 parts": pipeline("dualpipe", 2, gpu=2, used_parts=5, **PARTS),
+    "dualpipev, 1 of 8 parts, documents": pipeline(
+        "dualpipev", 2, gpu=2, used_parts=1, documents=True, **PARTS
+    ),
+    # Rounding tips no choice of experts here.
+    "dualpipe, bf16": pipeline("dualpipe", 2, gpu=2, one_expert=True, recipe="bf16", **PARTS),
+}
+
+
 def run_config(changes: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     """The run of a case, and the model's fields as the oracle reads them."""
     changes = dict(changes)
     one_expert = changes.pop("one_expert", False)
     accumulation, documents = changes.pop("accumulation", 1), changes.pop("documents", False)
-    fields = tiny_config(**BASE | ({"num_experts_per_tok": 1} if one_expert else {}))
+    remat, model = changes.pop("remat", "none"), changes.pop("model", {})
+    recipe = changes.pop("recipe", "fp32")
+    changes.pop("used_parts", None)
+    if "pipe" in changes:
+        accumulation = 1
+    fields = tiny_config(**BASE | model | (ONE_EXPERT if one_expert else {}))
     config = RunConfig(
         model=model_config(fields, max_position_embeddings=4096),
         data=DataConfig(seq_len=SEQ, cross_document_mask=documents),
-        train=TrainConfig(batch_size=BATCH, accumulation=accumulation),
+        train=TrainConfig(batch_size=BATCH, accumulation=accumulation, remat=remat),
         optimizer=OptimizerConfig(beta1=0.0, clip_norm=1e9, schedule="constant"),
         loss=LossConfig(balance_weight=0.01),
         parallel=ParallelConfig(**changes),
+        precision=PrecisionConfig(recipe=recipe),
     )
     return config, fields
 
 
 def first_state(config: RunConfig, fields: dict[str, Any], one_expert: bool):
-    layout, state = state_of(config, oracle.random_weights(fields, seed=0, std=0.3))
+    # Rounding grows with depth: of weights like these 8 layers pass on twice what 2 layers do.
+    std = 0.3 if config.model.num_hidden_layers == 2 else 0.15
+    layout, state = state_of(config, oracle.random_weights(fields, seed=0, std=std))
     if one_expert:  # expert 5 of every layer outbids all others
         bias = jax.tree.map(lambda b: b.at[:, 5].set(100.0), state.selection_bias)
         state = state._replace(selection_bias=bias)
     return layout, state
 
 
-def one_step(layout: Layout, state: TrainState) -> dict[str, np.ndarray]:
+def one_step(
+    layout: Layout, state: TrainState, used_parts: int | None = None
+) -> dict[str, np.ndarray]:
     """The losses, the load, the gradient norm and every gradient, by the hub's names."""
     config = layout.config
-    shape = (config.train.accumulation, BATCH // config.train.accumulation, SEQ + 1)
+    shape = (config.parts, BATCH // config.parts, SEQ + 1)
     random = np.random.default_rng(1)
-    rows = layout.put_rows(random.integers(0, VOCAB, (BATCH, SEQ + 1), np.int32).reshape(shape))
+    tokens = random.integers(0, config.model.vocab_size, (BATCH, SEQ + 1), np.int32)
+    rows = layout.put_rows(tokens.reshape(shape))
     documents = None
     if config.data.cross_document_mask:
         cuts = np.cumsum(random.random((BATCH, SEQ + 1)) < 0.2, axis=1).astype(np.int32)
         documents = layout.put_rows(cuts.reshape(shape))
     step = make_train_step(layout)
-    parts = settings(micro_batches=config.train.accumulation, mtp_weight=0.3)
+    parts = settings(micro_batches=used_parts or config.parts, mtp_weight=0.3)
     after, report = step(state, rows, documents, parts)
     gradients = hub_tensors(config.model, after.moments.first)
     return {
@@ -108,9 +187,11 @@ def one_step(layout: Layout, state: TrainState) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def on_one_device(changes: tuple[tuple[str, Any], ...]) -> dict[str, np.ndarray]:
-    config, fields = run_config(dict(changes))
-    return one_step(*first_state(config, fields, dict(changes).get("one_expert", False)))
+def on_one_device(alone: str) -> dict[str, np.ndarray]:
+    changes = json.loads(alone)
+    config, fields = run_config(changes)
+    state = first_state(config, fields, changes.get("one_expert", False))
+    return one_step(*state, changes.get("used_parts"))
 
 
 def errors(name: str) -> dict[str, float]:
@@ -118,9 +199,9 @@ def errors(name: str) -> dict[str, float]:
     changes = CASES[name]
     config, fields = run_config(changes)
     one_expert = bool(changes.get("one_expert"))
-    found = one_step(*first_state(config, fields, one_expert))
+    found = one_step(*first_state(config, fields, one_expert), changes.get("used_parts"))
     alone = {key: changes[key] for key in NOT_PARALLEL if key in changes}
-    expected = on_one_device(tuple(alone.items()))
+    expected = on_one_device(json.dumps(alone))
     if one_expert:
         assert (expected["load"][:, 5] == expected["load"].sum(axis=1)).all()
     assert found.keys() == expected.keys()

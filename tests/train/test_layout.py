@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from dsv3_jax.config import ParallelConfig, RunConfig, TrainConfig
 from dsv3_jax.train.layout import make_layout
+from tests.train.runs import finish, read_metrics, settings_of, start, write_run
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("node 2, gpu 4", "data 2, node 2, gpu 2", "zero 3", "all to one expert, many rounds")
@@ -19,8 +21,26 @@ MORE = (
     *("data 2, gpu 4", "flat", "zero 3, two nodes", "many rounds", "many rounds, flat"),
     *("two parts, documents", "all to one expert"),
 )
+PIPELINES = (
+    *("dualpipe, documents", "dualpipev, documents, remat selective"),
+    "zb1p, documents, remat full",
+)
+MORE_SCHEDULES = (
+    *("1f1b, pipe 2", "1f1b, pipe 4, gpu 2", "zb1p, pipe 4, node 2", "dualpipe, pipe 4, gpu 2"),
+    *("dualpipe, pipe 2, node 2, gpu 2", "dualpipev, pipe 2, data 2, gpu 2"),
+    "dualpipev, pipe 4, node 2",
+)
+MORE_PIPELINES = (
+    *("dualpipe, two MTP modules, vocabulary 24", "zb1p, two MTP modules, vocabulary 24"),
+    *("dualpipev, no dense layers, no MTP", "zb1p, no experts", "dualpipe, V2's router"),
+    *("dualpipe, all to one expert, many rounds", "zb1p, many rounds, remat full"),
+    "dualpipe, no late weight gradients",
+    *("dualpipe, 5 of 8 parts", "dualpipev, 1 of 8 parts, documents"),
+)
 WORST = 1e-5
-"""Of a tensor's relative error; 1 to 3e-6 measured."""
+"""Of a tensor's relative error; 1 to 6e-6 measured."""
+WORST_BF16 = 0.1
+"""The same; 3e-2 measured, of a router whose gradient the balance loss alone makes."""
 
 
 def mesh_errors(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
@@ -31,14 +51,14 @@ def mesh_errors(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def assert_same_step(names: tuple[str, ...]) -> None:
+def assert_same_step(names: tuple[str, ...], tolerance: float = WORST) -> None:
     found = mesh_errors(names)
     assert set(found) == set(names)
     for name, errors in found.items():
         assert len(errors) > 40 and "loss" in errors and "lm_head.weight" in errors
         assert errors["load"] == 0, name
         worst = max(errors, key=lambda key: errors[key])
-        assert errors[worst] <= WORST, (name, worst, errors[worst])
+        assert errors[worst] <= tolerance, (name, worst, errors[worst])
 
 
 def test_meshes_give_the_losses_and_gradients_of_one_device():
@@ -50,8 +70,54 @@ def test_more_meshes_give_the_losses_and_gradients_of_one_device():
     assert_same_step(MORE)
 
 
+def test_pipelines_give_the_losses_and_gradients_of_one_device():
+    assert_same_step(PIPELINES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [MORE_SCHEDULES, MORE_PIPELINES], ids=["meshes", "models"])
+def test_more_pipelines_give_the_losses_and_gradients_of_one_device(names):
+    assert_same_step(names)
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_bf16_is_close_to_one_device():
+    assert_same_step(("dualpipe, bf16",), WORST_BF16)
+
+
 def test_a_mesh_of_another_size_is_refused():
     config = RunConfig(parallel=ParallelConfig(gpu=2), train=TrainConfig(batch_size=2))
     rule = r"1 x 1 x 1 x 2 = 2 devices, expected the 1 that there are"
     with pytest.raises(ValueError, match=rule):
         make_layout(config, jax.devices()[:1])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_other_pipelines(tmp_path):
+    """Four ranks of DualPipe, two of 1F1B with experts over two GPUs, then one device: the losses
+    of the run that stayed on one, evaluations included."""
+    write_run(tmp_path)
+    always = settings_of(
+        model={"num_hidden_layers": 5, "first_k_dense_replace": 2},
+        train={"eval_every": 3, "checkpoint_every": 4},
+        # By themselves these two depend on the number of steps.
+        loss={"mtp_weight": 0.3, "bias_update_rate": 0.001},
+    )
+    four = {"pipe": 4, "schedule": "dualpipe", "micro_batches": 8}
+    two = {"pipe": 2, "gpu": 2, "schedule": "1f1b", "micro_batches": 4}
+    alone = start(tmp_path, 1, *always, *settings_of(train={"name": "alone", "steps": 12}))
+    for steps, parallel in ((4, four), (8, two), (12, {})):
+        flags = always + settings_of(parallel=parallel, train={"name": "moved", "steps": steps})
+        said = finish(start(tmp_path, ParallelConfig(**parallel).num_devices, *flags))
+        assert (f"going on after step {steps - 4}" in said) == (steps > 4)
+    finish(alone)
+    expected, found = (read_metrics(tmp_path, name) for name in ("alone", "moved"))
+    assert [metrics["step"] for metrics in found] == list(range(1, 13))
+    for name in ("tokens_seen", "loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm"):
+        of_steps = [[metrics[name] for metrics in run] for run in (found, expected)]
+        np.testing.assert_allclose(*of_steps, rtol=1e-5, err_msg=name)
+    evaluated = [m["step"] for m in expected if "eval_loss" in m]
+    assert evaluated == [3, 6, 9, 12]
+    for step in evaluated:
+        of_step = [run[step - 1]["eval_loss"] for run in (found, expected)]
+        np.testing.assert_allclose(*of_step, rtol=1e-5, err_msg=f"eval_loss of step {step}")

@@ -1,11 +1,8 @@
 """Several processes as one run: how they find each other, the same losses, a lost one."""
 
-import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +11,7 @@ import pytest
 
 from dsv3_jax.checkpoint import find_damage
 from dsv3_jax.train.processes import any_process, process_group
-
-ROOT = Path(__file__).parents[2]
+from tests.train.runs import finish, losses, read_metrics, settings_of, start, write_run
 
 
 @pytest.mark.parametrize(
@@ -61,47 +57,17 @@ def test_one_process_answers_for_itself():
     assert any_process(True) is True and any_process(False) is False
 
 
-CONFIG = """
-from dsv3_jax.config import *
-
-def config():
-    return RunConfig(
-        model=ModelConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
-            num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=2, q_lora_rank=8,
-            kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
-            n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
-            max_position_embeddings=32,
-        ),
-        data=DataConfig(source="tokens", paths=("rows.npy",), eval_paths=("held.npy",), seq_len=16),
-        train=TrainConfig(name="run", steps=20, batch_size=8, eval_every=10, checkpoint_every=5),
-        optimizer=OptimizerConfig(schedule="constant", peak_learning_rate=1e-2, warmup_steps=2),
-        parallel=ParallelConfig(node=2, gpu=4),
-    )
-"""
+EIGHT = settings_of(parallel={"node": 2, "gpu": 4})
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG)
-    random = np.random.default_rng(0)
-    for name, count in (("rows", 200), ("held", 16)):
-        np.save(tmp_path / f"{name}.npy", random.integers(0, 64, (count, 17)).astype(np.int32))
+    write_run(tmp_path)
     return tmp_path
 
 
-def start(folder: Path, devices: int, *flags: str) -> subprocess.Popen:
-    """`python train.py config.py` in a process that sees `devices` CPU devices."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "src"),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    command = [sys.executable, str(ROOT / "train.py"), "config.py", *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
-
-
 def start_two(folder: Path, *flags: str) -> list[subprocess.Popen]:
+    """Two processes of 4 devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -109,18 +75,11 @@ def start_two(folder: Path, *flags: str) -> list[subprocess.Popen]:
     return [start(folder, 4, *flags, *group, "--process", str(i)) for i in range(2)]
 
 
-def losses(folder: Path, name: str) -> list[float]:
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(folder):
     """Two of 4 devices and one of 8; both evaluate, save, and only the first writes."""
-    alone = start(folder, 8, "--set", "train.name=alone")
-    _, errors = alone.communicate(timeout=300)
-    assert alone.returncode == 0, errors
-    processes = start_two(folder, "--set", "train.name=two")
+    finish(start(folder, 8, *EIGHT, "--set", "train.name=alone"))
+    processes = start_two(folder, *EIGHT, "--set", "train.name=two")
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     found, expected = losses(folder, "two"), losses(folder, "alone")
@@ -128,6 +87,28 @@ def test_two_processes_have_the_losses_of_one(folder):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert "step 20/20" in outputs[0][0] and "step" not in outputs[1][0]
     assert find_damage(folder / "runs" / "two" / "checkpoints" / "20") is None
+
+
+@pytest.mark.slow
+def test_each_process_a_pipeline_rank(folder):
+    """Processes that differ in pipe alone feed the same rows: one device has the same losses."""
+    flags = settings_of(
+        model={"num_hidden_layers": 3}, train={"batch_size": 16, "steps": 6, "eval_every": 3}
+    )
+    finish(start(folder, 1, *flags, "--set", "train.name=alone"))
+    pipeline = {"pipe": 2, "node": 2, "gpu": 2, "schedule": "zb1p", "micro_batches": 4}
+    flags += settings_of(parallel=pipeline, train={"name": "two"})
+    processes = start_two(folder, *flags)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    expected, found = (read_metrics(folder, name) for name in ("alone", "two"))
+    assert [metrics["step"] for metrics in found] == list(range(1, 7))
+    for name in ("tokens_seen", "loss", "mtp_loss", "grad_norm", "expert_load_max_over_mean"):
+        of_steps = [[metrics[name] for metrics in run] for run in (found, expected)]
+        np.testing.assert_allclose(*of_steps, rtol=1e-5, err_msg=name)
+    for step in (2, 5):
+        assert found[step]["eval_loss"] == pytest.approx(expected[step]["eval_loss"], rel=1e-5)
+    assert find_damage(folder / "runs" / "two" / "checkpoints" / "6") is None
 
 
 def wait_for_lines(folder: Path, name: str, count: int) -> None:
@@ -142,7 +123,7 @@ def wait_for_lines(folder: Path, name: str, count: int) -> None:
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_other_and_says_so(folder, lost):
     """By our line, or by JAX's own watch where that is quicker: heartbeats, and it aborts."""
-    processes = start_two(folder, "--set", "train.steps=100000")
+    processes = start_two(folder, *EIGHT, "--set", "train.steps=100000")
     wait_for_lines(folder, "run", 7)
     processes[lost].kill()
     left = processes[1 - lost]
@@ -158,7 +139,7 @@ def test_a_lost_process_ends_the_other_and_says_so(folder, lost):
 
 @pytest.mark.slow
 def test_one_is_told_to_stop_and_all_save(folder):
-    processes = start_two(folder, "--set", "train.steps=100000")
+    processes = start_two(folder, *EIGHT, "--set", "train.steps=100000")
     wait_for_lines(folder, "run", 3)
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:

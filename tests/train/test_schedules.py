@@ -18,7 +18,7 @@ SEQUENCES = 15360
 def published():
     """14,800 steps of a billion tokens each: step n + 1 comes after n billion."""
     train = TrainConfig(steps=14_800, batch_size=8)
-    return plan_run(train, OptimizerConfig(), LossConfig())
+    return plan_run(train, OptimizerConfig(), LossConfig(), parts=1)
 
 
 def after(plans, billions: float):
@@ -64,11 +64,12 @@ def test_warm_up_is_linear_over_2000_steps(published):
 
 def test_constant_schedule_stays_at_its_peak():
     config = OptimizerConfig(schedule="constant", peak_learning_rate=1e-3, warmup_steps=4)
-    plans = plan_run(TrainConfig(steps=8), config, LossConfig())
+    plans = plan_run(TrainConfig(steps=8), config, LossConfig(), parts=1)
     rates = [plan.learning_rate for plan in plans]
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, *[1e-3] * 5])
     config = OptimizerConfig(schedule="constant", peak_learning_rate=1e-3, warmup_steps=0)
-    assert plan_run(TrainConfig(steps=1), config, LossConfig())[0].learning_rate == 1e-3
+    (plan,) = plan_run(TrainConfig(steps=1), config, LossConfig(), parts=1)
+    assert plan.learning_rate == 1e-3
 
 
 def test_mtp_weight_falls_at_ten_trillion(published):
@@ -81,13 +82,13 @@ def test_bias_update_stops_for_the_last_half_trillion(published):
 
 def test_weights_that_are_set_stay():
     loss = LossConfig(mtp_weight=0.0, bias_update_rate=0.02)
-    plans = plan_run(TrainConfig(steps=50), OptimizerConfig(), loss)
+    plans = plan_run(TrainConfig(steps=50), OptimizerConfig(), loss, parts=1)
     assert {(plan.mtp_weight, plan.bias_update_rate) for plan in plans} == {(0.0, 0.02)}
 
 
 def test_without_a_ramp_every_step_has_the_whole_batch():
-    train = TrainConfig(steps=5, batch_size=12, accumulation=3)
-    plans = plan_run(train, OptimizerConfig(), LossConfig())
+    train = TrainConfig(steps=5, batch_size=12)
+    plans = plan_run(train, OptimizerConfig(), LossConfig(), parts=3)
     assert [(plan.micro_batches, plan.sequences_before) for plan in plans] == [
         (3, 12 * step) for step in range(5)
     ]
@@ -104,8 +105,8 @@ def ramp_steps(total_sequences: float) -> tuple[float, float]:
 def ramped():
     """The published run with its batch ramp, in parts of one sequence."""
     steps = round(ramp_steps(TOTAL / SEQ)[1])
-    train = TrainConfig(steps=steps, batch_size=SEQUENCES, accumulation=SEQUENCES)
-    return plan_run(train, OptimizerConfig(batch_ramp=True), LossConfig())
+    train = TrainConfig(steps=steps, batch_size=SEQUENCES)
+    return plan_run(train, OptimizerConfig(batch_ramp=True), LossConfig(), parts=SEQUENCES)
 
 
 def test_the_ramp_begins_at_3072_and_is_full_at_469_billion_tokens(ramped):
@@ -148,6 +149,6 @@ def test_phases_of_a_ramped_run_follow_its_tokens(ramped, billions, field, befor
 
 
 def test_a_ramp_never_goes_below_one_part():
-    train = TrainConfig(steps=40, batch_size=4, accumulation=2)
-    plans = plan_run(train, OptimizerConfig(batch_ramp=True), LossConfig())
+    train = TrainConfig(steps=40, batch_size=4)
+    plans = plan_run(train, OptimizerConfig(batch_ramp=True), LossConfig(), parts=2)
     assert {plan.micro_batches for plan in plans} == {1, 2}

@@ -52,14 +52,42 @@ class RunConfig:
             expert_devices,
             f"a divisor of model.n_routed_experts = {self.model.n_routed_experts}",
         )
-        part = self.train.batch_size // self.train.accumulation
-        shards = self.parallel.token_shards
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Checks that batch and layers divide as the mesh needs."""
+        may_keep = self.parallel.pipe > 1 or self.train.remat == "full"
+        rule = "none, or train.remat=full, or a pipeline"
+        require(not self.train.keep or may_keep, "train.keep", self.train.keep, rule)
+        parallel, batch = self.parallel, self.train.batch_size
+        parts_field = "train.accumulation"
+        if parallel.pipe > 1:
+            rule = "1 where parallel.pipe is above 1 (parallel.micro_batches splits the batch)"
+            require(self.train.accumulation == 1, parts_field, self.train.accumulation, rule)
+            parts_field = "parallel.micro_batches"
+            rule = f"a divisor of train.batch_size = {batch}"
+            require(batch % parallel.micro_batches == 0, parts_field, parallel.micro_batches, rule)
+            # All MTP modules are in the last stage, which needs no other layer.
+            layers = self.model.num_hidden_layers + min(self.model.num_nextn_predict_layers, 1)
+            require(
+                parallel.stages <= layers,
+                f"parallel.pipe = {parallel.pipe}: {parallel.stages} stages",
+                parallel.stages,
+                f"at most {layers}, the model's layers and MTP modules",
+            )
+        part, shards = batch // self.parts, parallel.token_shards
         require(
             part % shards == 0,
-            "train.batch_size / train.accumulation",
+            f"train.batch_size / {parts_field}",
             part,
             f"a multiple of parallel.data x node x gpu = {shards}, over which sequences are split",
         )
+
+    @property
+    def parts(self) -> int:
+        """Parts in which a batch is computed: of an accumulation, or a pipeline's micro-batches."""
+        pipeline = self.parallel.pipe > 1
+        return self.parallel.micro_batches if pipeline else self.train.accumulation
 
 
 def read_config(path: str | Path) -> RunConfig:

@@ -85,13 +85,39 @@ def check_source(field: str, source: str, paths: tuple[str, ...]) -> None:
         require(len(paths) > 0, f"{field} {source!r}: paths", paths, "at least one path or glob")
 
 
+TENSORS = (
+    "q_latent",
+    "kv_latent",
+    "queries",
+    "keys_values",
+    "attention_output",
+    "attention_residual",
+    "chosen_experts",
+    "node_rows",
+    "node_weights",
+    "node_experts",
+    "gpu_rows",
+    "gpu_weights",
+    "gpu_experts",
+    "expert_rows",
+    "expert_up",
+    "mlp_gate",
+    "mlp_up",
+)
+"""Names of a layer's tensors in its order: outputs of q_a_proj, kv_a_proj_with_mqa, q_b_proj,
+kv_b_proj; the heads' outputs; x after attention; the router's choice; what came over the node and
+the gpu hop; the experts' inputs and what SwiGLU reads; the same of the shared experts."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The run: its name under runs/, length, batch, evaluation and checkpoints.
 
     `batch_size` is in sequences and is what one optimizer step sees; it is computed in
     `accumulation` equal parts. `remat` recomputes in backward: `none`, `selective` (RMSNorm and
-    MLA up-projections, as published) or `full` (whole layers). `scan_layers=False` unrolls the
+    MLA up-projections, as published; in a pipeline also the copies of rows that experts read) or
+    `full` (whole layers), and `keep` names tensors that `full`, or any `remat` in a pipeline, keeps
+    nevertheless: some of `TENSORS`. `scan_layers=False` unrolls the
     layers: about a tenth faster on CPU, compile time then grows with depth.
     """
 
@@ -106,6 +132,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     keep_checkpoints: int = 3
     remat: str = "none"
+    keep: tuple[str, ...] = ()
     scan_layers: bool = True
 
     def __post_init__(self):
@@ -127,6 +154,8 @@ class TrainConfig:
             f"a divisor of train.batch_size = {self.batch_size}",
         )
         require_one_of("train.remat", self.remat, "none", "selective", "full")
+        for name in self.keep:
+            require_one_of("train.keep", name, *TENSORS)
 
 
 @dataclass(frozen=True, kw_only=True)

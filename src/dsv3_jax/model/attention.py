@@ -11,6 +11,7 @@ Source: DeepSeek-V3 Technical Report §2.1.1 (equations 1-11).
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import Linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
 from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 QUERY_CHUNK = 64
 """Fewest queries of one chunk of `causal_attention`."""
@@ -36,6 +38,7 @@ def causal_attention(
     v: Float[Array, "batch heads seq v_dim"],
     scale: float,
     documents: Int[Array, "batch seq"] | None,
+    tape: Tape = AUTODIFF,
 ) -> Float[Array, "batch heads seq v_dim"]:
     """softmax(scale * q k^T) v over the keys at or before each query, softmax in FP32.
 
@@ -44,21 +47,21 @@ def causal_attention(
     """
     seq = q.shape[2]
     chunk = max(QUERY_CHUNK, -(-seq // MAX_QUERY_CHUNKS))
-    outputs = []
-    for start in range(0, seq, chunk):
-        stop = min(start + chunk, seq)
-        scores = jnp.einsum(
-            "bhqd,bhkd->bhqk",
-            q[:, :, start:stop],
-            k[:, :, :stop],
-            preferred_element_type=jnp.float32,
-        )
+
+    def attend(start: int, stop: int, q, k, v):
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
         visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
         if documents is not None:
             same = documents[:, start:stop, None] == documents[:, None, :stop]
             visible = visible & same[:, None]
         probs = jax.nn.softmax(jnp.where(visible, scores * scale, MASKED), axis=-1)
-        outputs.append(jnp.einsum("bhqk,bhkd->bhqd", probs.astype(v.dtype), v[:, :, :stop]))
+        return jnp.einsum("bhqk,bhkd->bhqd", probs.astype(v.dtype), v)
+
+    outputs = []
+    for start in range(0, seq, chunk):
+        stop = min(start + chunk, seq)
+        attend_chunk = tape.piece(partial(attend, start, stop))
+        outputs.append(attend_chunk(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
     return jnp.concatenate(outputs, axis=2)
 
 
@@ -100,18 +103,21 @@ class MultiHeadLatentAttention(nnx.Module):
         x: Float[Array, "batch seq hidden"],
         rotary: Rotary,
         documents: Int[Array, "batch seq"] | None = None,
+        tape: Tape = AUTODIFF,
     ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "batch seq latent"]]:
         """Expanded form over whole sequences: the output, and the latents a cache would hold."""
-        latent = self.compress(x, rotary)
-        attend = self.recompute(self._attend_expanded)
-        return self.o_proj(attend(self._query_input(x), latent, rotary, documents)), latent
+        latent = self.compress(x, rotary, tape)
+        attend = self.recompute(partial(self._attend_expanded, tape=tape))
+        attended = attend(self._query_input(x, tape), latent, rotary, documents)
+        attended = tape.keep("attention_output", attended)
+        return self.o_proj(attended, tape, "o_proj"), latent
 
     def compress(
-        self, x: Float[Array, "batch seq hidden"], rotary: Rotary
+        self, x: Float[Array, "batch seq hidden"], rotary: Rotary, tape: Tape = AUTODIFF
     ) -> Float[Array, "batch seq latent"]:
         """[c_KV ; k_R] of each token: the latent after its norm, the shared key after RoPE."""
         rank = self.config.kv_lora_rank
-        c_and_k = self.kv_a_proj_with_mqa(x)
+        c_and_k = tape.keep("kv_latent", self.kv_a_proj_with_mqa(x, tape, "kv_a_proj_with_mqa"))
         c_kv = self.kv_a_layernorm(c_and_k[..., :rank])
         return jnp.concatenate([c_kv, rotate(c_and_k[..., rank:], rotary)], axis=-1)
 
@@ -139,19 +145,25 @@ class MultiHeadLatentAttention(nnx.Module):
         out = jnp.einsum("bqhr,hvr->bqhv", mixed, w_uv)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
-    def _query_input(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq width"]:
+    def _query_input(
+        self, x: Float[Array, "batch seq hidden"], tape: Tape = AUTODIFF
+    ) -> Float[Array, "batch seq width"]:
         """What the queries' up-projection reads: the normed query latent, or x itself."""
         if self.config.q_lora_rank is None:
             return x
-        return self.q_a_layernorm(self.q_a_proj(x))
+        return self.q_a_layernorm(tape.keep("q_latent", self.q_a_proj(x, tape, "q_a_proj")))
 
     def _queries(
-        self, query_input: Float[Array, "batch seq width"], rotary: Rotary
+        self,
+        query_input: Float[Array, "batch seq width"],
+        rotary: Rotary,
+        tape: Tape = AUTODIFF,
     ) -> tuple[Float[Array, "batch seq heads nope"], Float[Array, "batch seq heads rope"]]:
         """q_C and rotated q_R of every head."""
         c = self.config
         project = self.q_proj if c.q_lora_rank is None else self.q_b_proj
-        q = project(query_input).reshape(*query_input.shape[:2], -1, c.qk_head_dim)
+        q = tape.keep("queries", project(query_input, tape, "q_proj"))
+        q = q.reshape(*query_input.shape[:2], -1, c.qk_head_dim)
         return q[..., : c.qk_nope_head_dim], rotate(q[..., c.qk_nope_head_dim :], rotary)
 
     def _attend_expanded(
@@ -160,12 +172,14 @@ class MultiHeadLatentAttention(nnx.Module):
         latent: Float[Array, "batch seq latent"],
         rotary: Rotary,
         documents: Int[Array, "batch seq"] | None,
+        tape: Tape,
     ) -> Float[Array, "batch seq values"]:
         """The heads' outputs side by side, before o_proj."""
         c, heads = self.config, self.config.num_attention_heads
         batch, seq = latent.shape[:2]
-        q = jnp.concatenate(self._queries(query_input, rotary), axis=-1)
-        kv = self.kv_b_proj(latent[..., : c.kv_lora_rank]).reshape(batch, seq, heads, -1)
+        q = jnp.concatenate(self._queries(query_input, rotary, tape), axis=-1)
+        kv = self.kv_b_proj(latent[..., : c.kv_lora_rank], tape, "kv_b_proj")
+        kv = tape.keep("keys_values", kv).reshape(batch, seq, heads, -1)
         k_rope = jnp.broadcast_to(
             latent[:, :, None, c.kv_lora_rank :], (batch, seq, heads, c.qk_rope_head_dim)
         )
@@ -176,5 +190,6 @@ class MultiHeadLatentAttention(nnx.Module):
             kv[..., c.qk_nope_head_dim :].swapaxes(1, 2),
             self.scale,
             documents,
+            tape,
         )
         return out.swapaxes(1, 2).reshape(batch, seq, -1)

@@ -17,6 +17,7 @@ from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary
 from dsv3_jax.model.router import LoadStatistics
 from dsv3_jax.parallel.dispatch import ExpertFunction
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
 class Recompute(NamedTuple):
@@ -81,15 +82,16 @@ class Block(nnx.Module):
         rotary: Rotary,
         documents: Int[Array, "batch seq"] | None = None,
         valid: int | None = None,
+        tape: Tape = AUTODIFF,
     ) -> tuple[
         Float[Array, "batch seq hidden"], Float[Array, "batch seq latent"], LoadStatistics | None
     ]:
         """The output, the latents a cache would hold, and (MoE only) the load."""
         with jax.named_scope("attention"):
             normed = self.recompute_norm(self.input_layernorm)(x)
-            attended, latent = self.self_attn(normed, rotary, documents)
-            x = x + attended
-        y, statistics = self._feed_forward(x, valid)
+            attended, latent = self.self_attn(normed, rotary, documents, tape)
+            x = tape.keep("attention_residual", x + attended)
+        y, statistics = self._feed_forward(x, valid, tape)
         return x + y, latent, statistics
 
     def decode(
@@ -108,10 +110,10 @@ class Block(nnx.Module):
         return x + self._feed_forward(x, None)[0], cache
 
     def _feed_forward(
-        self, x: Float[Array, "batch seq hidden"], valid: int | None
+        self, x: Float[Array, "batch seq hidden"], valid: int | None, tape: Tape = AUTODIFF
     ) -> tuple[Float[Array, "batch seq hidden"], LoadStatistics | None]:
         normed = self.recompute_norm(self.post_attention_layernorm)(x)
         if self.routed:
-            return self.mlp(normed, valid)
+            return self.mlp(normed, valid, tape)
         with jax.named_scope("dense_mlp"):
-            return self.mlp(normed), None
+            return self.mlp(normed, tape), None

@@ -1,8 +1,8 @@
 """The routed experts: exact for any routing, without a product over all experts.
 
 The slots of a `DispatchPlan` are computed as one batched product; overflow blocks in a loop that
-runs as often as the routing needs. Backward repeats both (a custom VJP: the loop's length is known
-only at run time) and recomputes SwiGLU from its saved input.
+runs as often as the routing needs (with a custom VJP: its length is known only at run time).
+Backward keeps the input of SwiGLU and gathers and computes the rest again.
 """
 
 import math
@@ -26,6 +26,7 @@ from dsv3_jax.parallel.dispatch_plan import (
     overflow_pairs,
     plan_dispatch,
 )
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
 class Experts(nnx.Module):
@@ -52,31 +53,35 @@ class Experts(nnx.Module):
         self.dispatcher = LocalDispatcher() if dispatcher is None else dispatcher
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], routing: Routing
+        self, x: Float[Array, "tokens hidden"], routing: Routing, tape: Tape = AUTODIFF
     ) -> Float[Array, "tokens hidden"]:
         """sum_k weight_k * expert_k(x) for every token."""
         gate_up = self.gate_up_proj[...].reshape(self.gate_up_proj.shape[0], -1, x.shape[-1])
         parameters = (gate_up, self.down_proj[...])
         weights = routing.weights.astype(x.dtype)
-        return self.dispatcher(x, routing.experts, weights, parameters, x.shape[0])
+        return self.dispatcher(x, routing.experts, weights, parameters, x.shape[0], tape)
 
 
 @dataclass(frozen=True)
 class LocalDispatcher:
     """Computes with the experts that are here; a pair with a negative expert counts as nothing."""
 
-    def __call__(self, x, experts, weights, parameters, tokens):
+    def __call__(self, x, experts, weights, parameters, tokens, tape=AUTODIFF, is_further=False):
         gate_up, down = parameters
         num_experts, top_k = down.shape[0], weights.shape[1]
         if weights.size < num_experts:
             weights = jnp.where(experts < 0, 0, weights)
             return _expert_by_expert(x, experts, weights, gate_up, down)
-        capacity = choose_capacity(tokens, top_k, num_experts)
-        if capacity == tokens:  # all that could come
-            capacity = x.shape[0]
-        capacity = min(capacity, x.shape[0])
+        # In a further round nothing but overflow blocks, which compute what is there and no more.
+        capacity = choose_capacity(tokens, top_k, num_experts, x.shape[0]) * (not is_further)
         plan = plan_dispatch(experts, num_experts, capacity)
-        return _routed_experts(capacity, x, weights, gate_up, down, plan)
+        operands, out = (x, weights, gate_up, down), jnp.zeros_like(x)
+        if capacity < x.shape[0]:
+            out, operands = _overflow(capacity, operands, plan)
+        if capacity:
+            slots = tape.recomputed(partial(_slots, tape), but=("expert_up",))
+            out += slots(*operands, plan)
+        return out
 
 
 def make_dispatcher(model: ModelConfig, parallel: ParallelConfig) -> ExpertFunction:
@@ -137,119 +142,143 @@ def _expert_by_expert(
     return jax.lax.scan(add_pair, jnp.zeros_like(x), jnp.arange(weights.size))[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed_experts(
-    capacity: int,
+Operands = tuple[
+    Float[Array, "tokens hidden"],
+    Float[Array, "tokens top_k"],
+    Float[Array, "experts double_width hidden"],
+    Float[Array, "experts hidden width"],
+]
+"""x, routing weights, gate_up, down."""
+
+
+def _slots(
+    tape: Tape,
     x: Float[Array, "tokens hidden"],
     weights: Float[Array, "tokens top_k"],
     gate_up: Float[Array, "experts double_width hidden"],
     down: Float[Array, "experts hidden width"],
     plan: DispatchPlan,
 ) -> Float[Array, "tokens hidden"]:
-    return _forward(capacity, x, weights, gate_up, down, plan)[0]
+    """What the slots contribute. Weights are applied before `down`, so that their gradient needs
+    no expert's output."""
+    rows = tape.keep("expert_rows", _take_slots(x, plan))
+    h = tape.keep("expert_up", tape.linear("gate_up_proj", _gate_up_product, rows, gate_up))
+    weighted = swiglu(h) * _slot_weights(weights, plan)[..., None]
+    return _sum_slots(tape.linear("down_proj", _down_product, weighted, down), plan)
 
 
-def _forward(capacity, x, weights, gate_up, down, plan):
-    out = jnp.zeros_like(x)
-    h = None
-    if capacity:
-        rows = x[plan.slot_pair // weights.shape[1]]
-        h = jnp.einsum("ecd,efd->ecf", rows, gate_up)
-        y = jnp.einsum("ecf,edf->ecd", swiglu(h), down)
-        out = _gather_sum(y, plan, jnp.where(plan.pair_in_slot, weights, 0))
-    if capacity < x.shape[0]:
-        out = _add_overflow(capacity, x, weights, gate_up, down, plan, out)
-    return out, (x, weights, gate_up, down, plan, h)
+def _gate_up_product(rows: Array, gate_up: Array) -> Array:
+    return jnp.einsum("ecd,efd->ecf", rows, gate_up)
 
 
-def _add_overflow(capacity, x, weights, gate_up, down, plan, out):
-    """`out` plus what the overflow blocks contribute."""
-    top_k, block = weights.shape[1], overflow_block(x.shape[0])
-
-    def add_block(index, out):
-        expert, pairs, real = overflow_pairs(plan, index, capacity, block)
-        h = x[pairs // top_k] @ gate_up[expert].T
-        y = swiglu(h) @ down[expert].T
-        weight = jnp.where(real, weights.reshape(-1)[pairs], 0)
-        return out.at[pairs // top_k].add(weight[:, None] * y)
-
-    return jax.lax.fori_loop(0, plan.block_end[-1], add_block, out)
+def _down_product(activation: Array, down: Array) -> Array:
+    return jnp.einsum("ecf,edf->ecd", activation, down)
 
 
-def _backward(capacity, residuals, d_out):
-    x, weights, gate_up, down, plan, h = residuals
-    d_x, d_gate_up, d_down = (jnp.zeros_like(a) for a in (x, gate_up, down))
-    d_pairs = jnp.zeros((weights.size,), weights.dtype)
-    if capacity:
-        pairs = plan.slot_pair
-        token = pairs // weights.shape[1]
-        weight = jnp.where(plan.slot_filled, weights.reshape(-1)[pairs], 0)
-        d_rows, d_h, weighted, d_slots = _expert_backward(h, weight, d_out[token], down, gate_up)
-        d_gate_up = jnp.einsum("ecf,ecd->efd", d_h, x[token])
-        d_down = jnp.einsum("ecd,ecf->edf", d_out[token], weighted)
-        d_x = _gather_sum(d_rows, plan, plan.pair_in_slot.astype(x.dtype))
-        d_pairs = jnp.where(plan.pair_in_slot, d_slots.reshape(-1)[plan.pair_slot], 0).reshape(-1)
-    gradients = (d_x, d_pairs, d_gate_up, d_down)
-    if capacity < x.shape[0]:
-        gradients = _add_overflow_backward(capacity, residuals, d_out, gradients)
-    d_x, d_pairs, d_gate_up, d_down = gradients
-    return d_x, d_pairs.reshape(weights.shape), d_gate_up, d_down, None
+@jax.custom_vjp
+def _take_slots(
+    x: Float[Array, "tokens hidden"], plan: DispatchPlan
+) -> Float[Array, "experts capacity hidden"]:
+    """Each slot's row (some row where it is empty); its transpose is `_sum_slots`."""
+    return x[plan.slot_pair // plan.pair_slot.shape[1]]
 
 
-def _add_overflow_backward(capacity, residuals, d_out, gradients):
-    """`gradients` of (x, pair weights, gate_up, down) plus those of the overflow blocks."""
-    x, weights, gate_up, down, plan, _ = residuals
-    top_k, block = weights.shape[1], overflow_block(x.shape[0])
-
-    def add_block(index, gradients):
-        d_x, d_pairs, d_gate_up, d_down = gradients
-        expert, pairs, real = overflow_pairs(plan, index, capacity, block)
-        token = pairs // top_k
-        weight = jnp.where(real, weights.reshape(-1)[pairs], 0)
-        h = x[token] @ gate_up[expert].T
-        d_rows, d_h, weighted, d_weight = (
-            a[0]
-            for a in _expert_backward(
-                h[None], weight[None], d_out[token][None], down[expert][None], gate_up[expert][None]
-            )
-        )
-        return (
-            d_x.at[token].add(d_rows),
-            d_pairs.at[pairs].add(jnp.where(real, d_weight, 0)),
-            d_gate_up.at[expert].add(d_h.T @ x[token]),
-            d_down.at[expert].add(d_out[token].T @ weighted),
-        )
-
-    return jax.lax.fori_loop(0, plan.block_end[-1], add_block, gradients)
-
-
-def _expert_backward(
-    h: Float[Array, "experts rows double_width"],
-    weight: Float[Array, "experts rows"],
-    d_out: Float[Array, "experts rows hidden"],
-    down: Float[Array, "experts hidden width"],
-    gate_up: Float[Array, "experts double_width hidden"],
-):
-    """Gradients of weight * down(swiglu(h)) by row: d_rows, d_h, weight * activation, d_weight."""
-    activation, swiglu_vjp = jax.vjp(swiglu, h)
-    d_activation = jnp.einsum("ecd,edf->ecf", d_out, down)  # before the routing weight
-    d_weight = jnp.sum(activation * d_activation, axis=-1)
-    (d_h,) = swiglu_vjp(d_activation * weight[..., None])
-    d_rows = jnp.einsum("ecf,efd->ecd", d_h, gate_up)
-    return d_rows, d_h, activation * weight[..., None], d_weight
-
-
-def _gather_sum(
-    slots: Float[Array, "experts capacity hidden"],
-    plan: DispatchPlan,
-    weights: Float[Array, "tokens top_k"],
+@jax.custom_vjp
+def _sum_slots(
+    slots: Float[Array, "experts capacity hidden"], plan: DispatchPlan
 ) -> Float[Array, "tokens hidden"]:
-    """Each token's weighted sum over its slots, one gather a k (a reshape would copy T*K rows)."""
+    """Each token's sum over its slots, one gather a k (a reshape would copy T*K rows)."""
     rows = slots.reshape(-1, slots.shape[-1])
-    total = rows[plan.pair_slot[:, 0]] * weights[:, 0, None]
-    for k in range(1, weights.shape[1]):
-        total += rows[plan.pair_slot[:, k]] * weights[:, k, None]
+    total = jnp.zeros((plan.pair_slot.shape[0], rows.shape[1]), rows.dtype)
+    for k in range(plan.pair_slot.shape[1]):
+        total += jnp.where(plan.pair_in_slot[:, k, None], rows[plan.pair_slot[:, k]], 0)
     return total
 
 
-_routed_experts.defvjp(_forward, _backward)
+@jax.custom_vjp
+def _slot_weights(
+    weights: Float[Array, "tokens top_k"], plan: DispatchPlan
+) -> Float[Array, "experts capacity"]:
+    """Each slot's routing weight, 0 where it is empty."""
+    return jnp.where(plan.slot_filled, weights.reshape(-1)[plan.slot_pair], 0)
+
+
+def _pair_gradients(
+    plan: DispatchPlan, d_slots: Float[Array, "experts capacity"]
+) -> Float[Array, "tokens top_k"]:
+    return jnp.where(plan.pair_in_slot, d_slots.reshape(-1)[plan.pair_slot], 0)
+
+
+_take_slots.defvjp(
+    lambda x, plan: (_take_slots(x, plan), plan),
+    lambda plan, d_rows: (_sum_slots(d_rows, plan), None),
+)
+# An empty slot's gradient is some row: what made the slot's output has weight 0 there.
+_sum_slots.defvjp(
+    lambda slots, plan: (_sum_slots(slots, plan), plan),
+    lambda plan, d_out: (_take_slots(d_out, plan), None),
+)
+_slot_weights.defvjp(
+    lambda weights, plan: (_slot_weights(weights, plan), plan),
+    lambda plan, d_slots: (_pair_gradients(plan, d_slots), None),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _overflow(
+    capacity: int, operands: Operands, plan: DispatchPlan
+) -> tuple[Float[Array, "tokens hidden"], Operands]:
+    """What the overflow blocks contribute, and the operands for whoever else needs them.
+
+    Passed on like this they bring the others' gradients here in backward, to which the blocks add
+    theirs in place.
+    """
+    x, weights, gate_up, down = operands
+    block = overflow_block(x.shape[0])
+
+    def add_block(index, out):
+        expert, token, weight, _, _ = _overflow_rows(plan, index, capacity, block, weights)
+        h = x[token] @ gate_up[expert].T
+        return out.at[token].add(weight[:, None] * (swiglu(h) @ down[expert].T))
+
+    out = jax.lax.fori_loop(0, plan.block_end[-1], add_block, jnp.zeros_like(x))
+    return out, operands
+
+
+def _overflow_rows(plan, index, capacity, block, weights):
+    """A block's expert, its tokens, their weights (0 for none), its pairs, and which are real."""
+    expert, pairs, real = overflow_pairs(plan, index, capacity, block)
+    weight = jnp.where(real, weights.reshape(-1)[pairs], 0)
+    return expert, pairs // weights.shape[1], weight, pairs, real
+
+
+def _overflow_forward(capacity, operands, plan):
+    return _overflow(capacity, operands, plan), (operands, plan)
+
+
+def _overflow_backward(capacity, residuals, gradients):
+    (x, weights, gate_up, down), plan = residuals
+    d_out, (d_x, d_weights, d_gate_up, d_down) = gradients
+    block = overflow_block(x.shape[0])
+
+    def add_block(index, gradients):
+        d_x, d_pairs, d_gate_up, d_down = gradients
+        expert, token, weight, pairs, real = _overflow_rows(plan, index, capacity, block, weights)
+        h = x[token] @ gate_up[expert].T
+        activation, swiglu_vjp = jax.vjp(swiglu, h)
+        d_activation = d_out[token] @ down[expert]  # before the routing weight
+        (d_h,) = swiglu_vjp(d_activation * weight[:, None])
+        d_weight = jnp.sum(activation * d_activation, axis=-1)
+        return (
+            d_x.at[token].add(d_h @ gate_up[expert]),
+            d_pairs.at[pairs].add(jnp.where(real, d_weight, 0)),
+            d_gate_up.at[expert].add(d_h.T @ x[token]),
+            d_down.at[expert].add(d_out[token].T @ (activation * weight[:, None])),
+        )
+
+    start = (d_x, d_weights.reshape(-1), d_gate_up, d_down)
+    d_x, d_pairs, d_gate_up, d_down = jax.lax.fori_loop(0, plan.block_end[-1], add_block, start)
+    return (d_x, d_pairs.reshape(weights.shape), d_gate_up, d_down), None
+
+
+_overflow.defvjp(_overflow_forward, _overflow_backward)

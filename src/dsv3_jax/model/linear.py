@@ -6,6 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
+
 
 class BlockScale(nnx.Variable):
     """The `weight_scale_inv` with which a checkpoint stored a weight as block-FP8.
@@ -49,8 +51,11 @@ class Linear(nnx.Module):
     def __init__(self, in_dim: int, out_dim: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(normal(rngs, (out_dim, in_dim), std, dtype))
 
-    def __call__(self, x: Float[Array, "*batch in_dim"]) -> Float[Array, "*batch out_dim"]:
-        return linear(x, self.weight[...])
+    def __call__(
+        self, x: Float[Array, "*batch in_dim"], tape: Tape = AUTODIFF, name: str = ""
+    ) -> Float[Array, "*batch out_dim"]:
+        """x @ weight.T; `name` is what `tape` knows the product by."""
+        return tape.linear(name, linear, x, self.weight[...])
 
 
 class Embedding(nnx.Module):

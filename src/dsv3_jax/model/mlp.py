@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsv3_jax.model.linear import Linear
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
 class MLP(nnx.Module):
@@ -19,5 +20,9 @@ class MLP(nnx.Module):
         self.up_proj = Linear(hidden, intermediate, **shape)
         self.down_proj = Linear(intermediate, hidden, **shape)
 
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(
+        self, x: Float[Array, "*batch hidden"], tape: Tape = AUTODIFF
+    ) -> Float[Array, "*batch hidden"]:
+        gate = tape.keep("mlp_gate", self.gate_proj(x, tape, "gate_proj"))
+        up = tape.keep("mlp_up", self.up_proj(x, tape, "up_proj"))
+        return self.down_proj(jax.nn.silu(gate) * up, tape, "mlp_down_proj")

@@ -10,6 +10,7 @@ from dsv3_jax.model.experts import Experts
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.router import LoadStatistics, Router, load_statistics
 from dsv3_jax.parallel.dispatch import ExpertFunction
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
 class MoE(nnx.Module):
@@ -37,19 +38,24 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "batch seq hidden"], valid: int | None = None
+        self,
+        x: Float[Array, "batch seq hidden"],
+        valid: int | None = None,
+        tape: Tape = AUTODIFF,
     ) -> tuple[Float[Array, "batch seq hidden"], LoadStatistics]:
         """The output and the load over the first `valid` positions (None: all) of each sequence."""
         batch, seq, hidden = x.shape
         rows = x.reshape(batch * seq, hidden)
         with jax.named_scope("router"):
             routing = self.gate(rows)
+            chosen = tape.keep("chosen_experts", routing.experts)
+            routing = routing._replace(experts=chosen)
             statistics = load_statistics(
                 routing, batch, seq if valid is None else valid, config=self.config
             )
         with jax.named_scope("routed_experts"):
-            y = self.experts(rows, routing).reshape(x.shape)
+            y = self.experts(rows, routing, tape).reshape(x.shape)
         if self.config.n_shared_experts:
             with jax.named_scope("shared_experts"):
-                y = y + self.shared_experts(x)
+                y = y + self.shared_experts(x, tape)
         return y, statistics

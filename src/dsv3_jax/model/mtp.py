@@ -17,6 +17,7 @@ from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary
 from dsv3_jax.model.router import LoadStatistics
 from dsv3_jax.parallel.dispatch import ExpertFunction
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
 class SharedHead(nnx.Module):
@@ -62,6 +63,7 @@ class MultiTokenPredictor(nnx.Module):
         rotary: Rotary,
         documents: Int[Array, "batch seq"] | None,
         valid: int,
+        tape: Tape = AUTODIFF,
     ) -> tuple[Float[Array, "batch seq hidden"], LoadStatistics]:
         """This depth's hidden states (normed, ready for the head) and its load.
 
@@ -69,6 +71,8 @@ class MultiTokenPredictor(nnx.Module):
         """
         with jax.named_scope("mtp"):
             joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-            x, _, statistics = self.block(self.eh_proj(joined), rotary, documents, valid)
+            x, _, statistics = self.block(
+                self.eh_proj(joined, tape, "eh_proj"), rotary, documents, valid, tape
+            )
             assert statistics is not None  # the block is routed
             return self.shared_head.norm(x), statistics

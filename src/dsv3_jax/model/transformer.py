@@ -1,6 +1,7 @@
 """The whole model: embedding, dense layers, MoE layers, final norm, head, MTP modules."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -38,7 +39,8 @@ class Transformer(nnx.Module):
 
     Layers of one kind are stacked: every array of `dense_layers` and `moe_layers` has the layer as
     its first dim, of `mtp` the depth. They are scanned, so that compile time does not grow with
-    depth, or unrolled with `scan_layers=False`. `remat` is one of none, selective, full.
+    depth, or unrolled with `scan_layers=False`. `remat` is one of none, selective, full; full keeps
+    the tensors that `keep` names.
     `dispatcher` brings tokens to the experts of other devices, inside shard_map.
 
     Raises ValueError for an unknown `remat`.
@@ -51,12 +53,16 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
+        keep: tuple[str, ...] = (),
         scan_layers: bool = True,
         dispatcher: ExpertFunction | None = None,
     ):
         if remat not in RECOMPUTE:
             raise ValueError(f"remat is {remat!r}, expected one of {', '.join(RECOMPUTE)}")
         recompute = RECOMPUTE[remat]
+        if keep and remat == "full":
+            policy = jax.checkpoint_policies.save_only_these_names(*keep)
+            recompute = recompute._replace(block=partial(jax.checkpoint, policy=policy))
         shared = {"dtype": dtype, "recompute": recompute, "dispatcher": dispatcher}
         weights = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
 

@@ -10,8 +10,8 @@ a node are added before they cross.
            <-- sum --                        <-- sum --
 
 Buffers hold `capacity` rows a peer. What does not fit goes in further rounds of the same program,
-as many as the fullest sender of all needs (one flag, a pmax). Backward repeats the rounds; only the
-first one, the usual one, keeps its residuals.
+as many as the fullest sender of all needs (one flag, a pmax). Backward repeats the further rounds;
+only the first, the usual one, keeps anything for it.
 
 Source: DeepSeek-V3 Technical Report §3.2.2 (two hops), §2.1.2 (node-limited routing).
 """
@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.parallel.exchange_plan import (
     NO_EXPERT,
@@ -32,11 +32,15 @@ from dsv3_jax.parallel.exchange_plan import (
     rounds_needed,
     wanted_by,
 )
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
 @runtime_checkable
 class ExpertFunction(Protocol):
-    """sum_k weight_k * expert_k(x) over the experts that are here; a hashable value."""
+    """sum_k weight_k * expert_k(x) over the experts that are here; a hashable value.
+
+    `is_further` says that most rows are empty: those of a further round.
+    """
 
     def __call__(
         self,
@@ -45,6 +49,8 @@ class ExpertFunction(Protocol):
         weights: Float[Array, "rows top_k"],
         parameters: Any,
         tokens: int,
+        tape: Tape = AUTODIFF,
+        is_further: bool = False,
     ) -> Float[Array, "rows hidden"]: ...
 
 
@@ -65,8 +71,17 @@ class Exchange:
     agree_on: tuple[str, ...]
     inner: ExpertFunction
 
-    def __call__(self, x, experts, weights, parameters, tokens):
-        return _exchange(self, tokens, x, weights, parameters, experts)
+    def __call__(self, x, experts, weights, parameters, tokens, tape=AUTODIFF, is_further=False):
+        wanted, operands = self.wanted(experts), (x, weights, parameters)
+        if is_further:  # one loop is the smallest program for what is rare
+            return _rounds_from(0, self, tokens, operands, experts)[0]
+        if self.capacity(x.shape[0], tokens) >= x.shape[0]:  # everything fits into one round
+            return _one_round(self, tokens, wanted, 0, experts, operands, tape)
+        y, operands = _rounds_from(1, self, tokens, operands, experts)
+        return y + _one_round(self, tokens, wanted, 0, experts, operands, tape)
+
+    def wanted(self, experts: Int[Array, "rows top_k"]) -> Bool[Array, "rows peers"]:
+        return wanted_by(experts, self.peers, self.experts_per_peer)
 
     def capacity(self, rows: int, tokens: int) -> int:
         """Rows of one peer's buffer: a multiple of 8, at most all."""
@@ -74,69 +89,63 @@ class Exchange:
         return min(rows, -(-int(wanted + 1) // 8) * 8)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(hop, tokens, x, weights, parameters, experts):
-    wanted, capacity = _plan(hop, tokens, experts)
-    y = _one_round(hop, tokens, wanted, 0, experts, x, weights, parameters)
-    return _further_rounds(hop, tokens, wanted, capacity, experts, (x, weights, parameters), y)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _rounds_from(first, hop, tokens, operands, experts):
+    """What the rounds from `first` on add, as many as the fullest sender needs, and the operands.
 
-
-def _forward(hop, tokens, x, weights, parameters, experts):
-    wanted, capacity = _plan(hop, tokens, experts)
-    first = partial(_one_round, hop, tokens, wanted, 0, experts)
-    y, vjp = jax.vjp(first, x, weights, parameters)
-    arguments = (x, weights, parameters)
-    y = _further_rounds(hop, tokens, wanted, capacity, experts, arguments, y)
-    return y, (vjp, arguments, experts)
-
-
-def _backward(hop, tokens, residuals, d_y):
-    vjp, arguments, experts = residuals
-    wanted, capacity = _plan(hop, tokens, experts)
-    gradients = vjp(d_y)
-    if capacity < wanted.shape[0]:
-
-        def add_round(index, gradients):
-            of_round = partial(_one_round, hop, tokens, wanted, index, experts)
-            return jax.tree.map(jnp.add, gradients, jax.vjp(of_round, *arguments)[1](d_y))
-
-        gradients = jax.lax.fori_loop(1, _rounds(hop, wanted, capacity), add_round, gradients)
-    return *gradients, None
-
-
-_exchange.defvjp(_forward, _backward)
-
-
-def _plan(hop: Exchange, tokens: int, experts: Int[Array, "rows top_k"]):
-    wanted = wanted_by(experts, hop.peers, hop.experts_per_peer)
-    return wanted, hop.capacity(experts.shape[0], tokens)
-
-
-def _rounds(hop: Exchange, wanted, capacity: int) -> Int[Array, ""]:
-    return jax.lax.pmax(rounds_needed(wanted, capacity), hop.agree_on)
-
-
-def _further_rounds(hop, tokens, wanted, capacity, experts, arguments, y):
-    if capacity >= wanted.shape[0]:  # everything fits into one
-        return y
+    Passed on, they bring the first round's gradients here in backward, to which these add theirs.
+    """
+    wanted = hop.wanted(experts)
 
     def add_round(index, y):
-        return y + _one_round(hop, tokens, wanted, index, experts, *arguments)
+        return y + _one_round(hop, tokens, wanted, index, experts, operands, is_further=True)
 
-    return jax.lax.fori_loop(1, _rounds(hop, wanted, capacity), add_round, y)
+    y = jax.lax.fori_loop(
+        first, _rounds(hop, wanted, tokens), add_round, jnp.zeros_like(operands[0])
+    )
+    return y, operands
 
 
-def _one_round(hop, tokens, wanted, index, experts, x, weights, parameters):
+def _forward(first, hop, tokens, operands, experts):
+    return _rounds_from(first, hop, tokens, operands, experts), (operands, experts)
+
+
+def _backward(first, hop, tokens, residuals, gradients):
+    operands, experts = residuals
+    d_y, d_operands = gradients
+    wanted = hop.wanted(experts)
+
+    def add_round(index, gradients):
+        of_round = partial(_one_round, hop, tokens, wanted, index, experts, is_further=True)
+        return jax.tree.map(jnp.add, gradients, jax.vjp(of_round, operands)[1](d_y)[0])
+
+    d_operands = jax.lax.fori_loop(first, _rounds(hop, wanted, tokens), add_round, d_operands)
+    return d_operands, None
+
+
+_rounds_from.defvjp(_forward, _backward)
+
+
+def _rounds(hop: Exchange, wanted: Bool[Array, "rows peers"], tokens: int) -> Int[Array, ""]:
+    needed = rounds_needed(wanted, hop.capacity(wanted.shape[0], tokens))
+    return jax.lax.pmax(needed, hop.agree_on)
+
+
+def _one_round(hop, tokens, wanted, index, experts, operands, tape=AUTODIFF, is_further=False):
     """What the rows of one round add to the result."""
+    x, weights, parameters = operands
     plan = plan_round(wanted, index, hop.capacity(x.shape[0], tokens))
+    axis = hop.axes[-1]
     with jax.named_scope("dispatch"):
         # x[T_local, D] -> rows[peers * C, D], each from the peer of that number
-        there = [_swap(hop, _to_slots(a, plan)) for a in (x, weights)]
+        rows, row_weights = (_swap(hop, _to_slots(a, plan)) for a in (x, weights))
         experts_sent = _take_rows(experts, plan.slot_row, NO_EXPERT)
         by_peer = jnp.arange(hop.peers, dtype=experts.dtype)[:, None, None]
-        experts_there = _swap(hop, localise(experts_sent, by_peer, hop.experts_per_peer))
-    rows, row_weights, row_experts = (a.reshape(-1, a.shape[-1]) for a in (*there, experts_there))
-    done = hop.inner(rows, row_experts, row_weights, parameters, tokens)
+        row_experts = _swap(hop, localise(experts_sent, by_peer, hop.experts_per_peer))
+    rows = tape.keep(f"{axis}_rows", rows.reshape(-1, rows.shape[-1]))
+    row_weights = tape.keep(f"{axis}_weights", row_weights.reshape(-1, weights.shape[-1]))
+    row_experts = tape.keep(f"{axis}_experts", row_experts.reshape(-1, experts.shape[-1]))
+    done = hop.inner(rows, row_experts, row_weights, parameters, tokens, tape, is_further)
     with jax.named_scope("combine"):
         # y[peers * C, D] -> y[T_local, D], the sum over peers
         returned = _swap(hop, done.reshape(hop.peers, -1, done.shape[-1]))

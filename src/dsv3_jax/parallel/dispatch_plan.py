@@ -10,6 +10,7 @@ is ever dropped, shapes are static, and an even load costs no overflow at all.
     overflow  block 0: expert 0, [p p]     block 1: expert 1, [p -]
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -38,14 +39,16 @@ class DispatchPlan(NamedTuple):
     """Overflow blocks of this expert and all before it."""
 
 
-def choose_capacity(tokens: int, top_k: int, num_experts: int) -> int:
+def choose_capacity(tokens: int, top_k: int, num_experts: int, rows: int) -> int:
     """Slots for each expert: 1.125 times the mean load for many tokens, all for few.
 
-    Of a device's own tokens and experts, where the others have as many."""
+    `tokens` and `num_experts` are a device's own, where the others have as many; `rows` are what
+    could come to one expert, from all devices.
+    """
     if tokens <= SMALL_BATCH:
-        return tokens
+        return rows
     mean = tokens * top_k / num_experts
-    return min(tokens, -(-int(1.125 * mean + 1) // 8) * 8)
+    return min(rows, -(-int(1.125 * mean + 1) // 8) * 8)
 
 
 def overflow_block(tokens: int) -> int:
@@ -66,9 +69,8 @@ def plan_dispatch(
     # One key sorts by expert, then by pair: quicker than a stable argsort.
     sorted_keys = jnp.sort(flat * pairs + jnp.arange(pairs, dtype=flat.dtype))
     sorted_pairs = sorted_keys % pairs
-    group_end = jnp.searchsorted(
-        sorted_keys, (jnp.arange(num_experts, dtype=flat.dtype) + 1) * pairs
-    ).astype(flat.dtype)
+    limits = (jnp.arange(num_experts, dtype=flat.dtype) + 1) * pairs
+    group_end = _count_below(sorted_keys, limits)
     group_start = jnp.concatenate([jnp.zeros((1,), flat.dtype), group_end[:-1]])
     group_size = group_end - group_start
     rank_in_order = jnp.arange(pairs, dtype=flat.dtype) - group_start[flat[sorted_pairs]]
@@ -88,11 +90,27 @@ def plan_dispatch(
     )
 
 
+def _count_below(
+    ordered: Int[Array, " keys"], limits: Int[Array, " experts"]
+) -> Int[Array, " experts"]:
+    """Keys below each limit: whole strides of about sqrt(keys), then within the last one begun.
+
+    Two small sums, where `jnp.searchsorted` is a loop of many kernels on a GPU.
+    """
+    size = ordered.shape[0]
+    stride = math.isqrt(size)
+    begun = jnp.sum(ordered[::stride] < limits[:, None], axis=1, dtype=ordered.dtype)
+    first = jnp.maximum(begun - 1, 0) * stride
+    place = first[:, None] + jnp.arange(stride, dtype=ordered.dtype)
+    below = (place < size) & (ordered[jnp.minimum(place, size - 1)] < limits[:, None])
+    return first + jnp.sum(below, axis=1, dtype=ordered.dtype)
+
+
 def overflow_pairs(
     plan: DispatchPlan, index: Int[Array, ""], capacity: int, block: int
 ) -> tuple[Int[Array, ""], Int[Array, " block"], Bool[Array, " block"]]:
     """The expert of overflow block `index`, its pairs, and which of them are real."""
-    expert = jnp.searchsorted(plan.block_end, index, side="right").astype(index.dtype)
+    expert = jnp.sum(plan.block_end <= index, dtype=index.dtype)
     first_block = jnp.where(expert > 0, plan.block_end[expert - 1], 0)
     rank = capacity + (index - first_block) * block + jnp.arange(block, dtype=index.dtype)
     place = jnp.minimum(plan.group_start[expert] + rank, plan.sorted_pairs.shape[0] - 1)

@@ -52,10 +52,24 @@ def plan_round(wanted: Bool[Any, "rows peers"], index: Any, capacity: int) -> Ro
     slot = sent - 1 - index * capacity
     first_slot = capacity * xp.arange(peers, dtype=np.int32)
     in_round = wanted & (slot >= 0) & (slot < capacity)
-    row_slot = xp.where(in_round, first_slot + slot, peers * capacity)
-    wanted_rank = index * capacity + 1 + xp.arange(capacity, dtype=np.int32)
-    slot_row = xp.stack([xp.searchsorted(sent[:, peer], wanted_rank) for peer in range(peers)])
-    return RoundPlan(slot_row.astype(np.int32), row_slot.astype(np.int32))
+    row_slot = xp.where(in_round, first_slot + slot, peers * capacity).astype(np.int32)
+    return RoundPlan(_rows_of_slots(row_slot, peers * capacity).reshape(peers, capacity), row_slot)
+
+
+def _rows_of_slots(row_slot: Int[Any, "rows peers"], slots: int) -> Int[Any, " slots"]:
+    """The row that goes into each slot, R where none does."""
+    xp = row_slot.__array_namespace__()
+    rows = row_slot.shape[0]
+    row = xp.broadcast_to(xp.arange(rows, dtype=np.int32)[:, None], row_slot.shape)
+    if xp is np:
+        slot_row = np.full(slots + 1, rows, np.int32)  # the last takes what is not sent
+        slot_row[row_slot] = row
+        return slot_row[:-1]
+    # One kernel on a GPU, where a search is a loop. Each pair not sent has its own index beyond the
+    # end, so that unique is true.
+    beyond = slots + xp.arange(row_slot.size, dtype=np.int32).reshape(row_slot.shape)
+    place = xp.where(row_slot < slots, row_slot, beyond)
+    return xp.full(slots, rows, np.int32).at[place].set(row, mode="drop", unique_indices=True)
 
 
 def localise(

@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dsv3_jax.config import ParallelConfig
 
-AXES = ("pipe", "data", "node", "gpu")
+PIPE_AXIS = "pipe"
+AXES = (PIPE_AXIS, "data", "node", "gpu")
 TOKEN_AXES = ("data", "node", "gpu")
 EXPERT_AXES = ("node", "gpu")
 

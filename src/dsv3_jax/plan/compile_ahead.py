@@ -85,9 +85,7 @@ def compile_ahead(
 
     `options` are XLA's flags without their dashes, e.g. `xla_gpu_enable_triton_gemm=False`.
     """
-    # None of XLA's own kernels for small all-reduces, NCCL's instead: over two mesh axes at once
-    # their compilation aborts the process (jax 0.12.0, `size mismatch when packing elements`).
-    chosen: dict[str, Any] = {"xla_gpu_experimental_use_collective_kernels": ""}
+    chosen: dict[str, Any] = dict(DEFAULT_OPTIONS)
     if CUDA_TOOLS.is_dir():
         chosen["xla_gpu_cuda_data_dir"] = str(CUDA_TOOLS)
     chosen.update(options or {})

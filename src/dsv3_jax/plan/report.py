@@ -164,12 +164,14 @@ def analyse(
     model_flops_per_gpu: Number | None = None,
     gradient_bytes: int = 0,
     branches: BranchRule | str = "max",
+    timed_branches: BranchRule | None = None,
     trips: TripRule = run_once,
 ) -> Analysis:
     """Everything about one compiled program.
 
     `branches`: "max" takes the slowest branch of every conditional, "mean" all equally often, for
-    time, FLOPs and bytes alike. `trips` guesses how often loops run that end by their data.
+    time, FLOPs and bytes alike, a rule its own shares; `timed_branches` is another rule for time
+    alone. `trips` guesses how often loops run that end by their data.
     """
     module = parse_module(hlo_text)
     program = read_program(module, gpu.gpus_per_node, trips)
@@ -177,6 +179,7 @@ def analyse(
     if rule is None:
         raise ValueError(f"branches is {branches!r}, expected one of {', '.join(BRANCH_RULES)}")
     prediction = predict(program, gpu, rule)
+    timed = prediction if timed_branches is None else predict(program, gpu, timed_branches)
     parts = bytes_by_kind(memory, gradient_bytes)
     peak = sum(parts.values())
     step = prediction.step
@@ -196,8 +199,8 @@ def analyse(
         collectives=_sums(step),
         transfers=_rows(step),
         hidden_fraction=step.hidden_fraction,
-        predicted_step_seconds=step.seconds,
-        predicted_exposed_seconds=step.exposed_seconds,
+        predicted_step_seconds=timed.step.seconds,
+        predicted_exposed_seconds=timed.step.exposed_seconds,
         compile_seconds=compile_seconds,
         compile_host_bytes=compile_host_bytes,
         assumptions=_assumptions(program, branches),

@@ -10,10 +10,13 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.model.accounting import count_flops
 from dsv3_jax.plan.compile_ahead import CompiledStep, compile_ahead, topology_devices
 from dsv3_jax.plan.hardware import Gpu
+from dsv3_jax.plan.pipeline_rules import PipelineRules
 from dsv3_jax.plan.program import TripRule
 from dsv3_jax.plan.report import Analysis, MemoryUse, analyse
 from dsv3_jax.plan.report_page import as_html
 from dsv3_jax.plan.roofline import BranchRule
+from dsv3_jax.train.layout import make_layout
+from dsv3_jax.train.pipeline_step import make_pipeline
 
 LowerStep = Callable[[RunConfig, list[Any]], jax.stages.Lowered]
 
@@ -23,14 +26,21 @@ def compile_step(
     gpu: Gpu,
     hosts: int,
     lower: LowerStep,
-    branches: BranchRule | str = "max",
+    branches: BranchRule | str | None = None,
 ) -> tuple[CompiledStep, Analysis]:
     """The step that `lower(config, devices)` makes, for `hosts` nodes of eight GPUs.
 
-    ValueError if the mesh of `config.parallel` does not have as many devices.
+    `branches` (see `analyse`) is by default the slowest of every conditional, in a pipeline what
+    its schedule says. ValueError if the mesh of `config.parallel` does not have as many devices.
     """
     check_hosts(config, gpu, hosts)
-    compiled = compile_ahead(lower(config, topology_devices(gpu, hosts)))
+    devices = topology_devices(gpu, hosts)
+    trips, timed = balanced_trips(config.parts), None
+    if config.parallel.pipe > 1:
+        rules = PipelineRules(make_pipeline(make_layout(config, devices)))
+        trips, timed = rules.trips, rules.slowest_rank
+        branches = branches or rules.mean
+    compiled = compile_ahead(lower(config, devices))
     memory = MemoryUse(
         argument_bytes=compiled.argument_bytes,
         new_output_bytes=compiled.output_bytes - compiled.alias_bytes,
@@ -45,8 +55,9 @@ def compile_step(
         compile_seconds=compiled.compile_seconds,
         compile_host_bytes=compiled.host_peak_bytes,
         model_flops_per_gpu=model_flops_per_gpu(config, hosts * gpu.gpus_per_node),
-        branches=branches,
-        trips=balanced_trips(config.train.accumulation),
+        branches=branches or "max",
+        timed_branches=timed,
+        trips=trips,
     )
     return compiled, analysis
 

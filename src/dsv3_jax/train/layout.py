@@ -39,6 +39,11 @@ class Layout:
         """Axes over which tokens are split."""
         return used_axes(self.mesh, TOKEN_AXES)
 
+    def graph_of(self, name: str) -> nnx.GraphDef:
+        """The structure of a part of the model, such as one of its stacks."""
+        model = nnx.merge(self.graph, self.abstract.params, self.abstract.selection_bias)
+        return nnx.graphdef(getattr(model, name))
+
     def state_specs(self) -> Any:
         """A TrainState of the PartitionSpec of every array."""
         params = jax.tree.map(lambda placement: placement.spec(), self.placements)
@@ -75,6 +80,19 @@ class Layout:
 
         return jax.jit(fresh, out_shardings=self.state_shardings())()
 
+    def data_share(self) -> tuple[int, int]:
+        """(which, of how many): the part of a batch that this process feeds.
+
+        Processes that differ in their pipeline rank alone feed the same part.
+        """
+        rows = self.mesh.devices.reshape(self.config.parallel.pipe, -1)
+        owned: dict[int, set[int]] = {}
+        for row in rows:
+            for shard, device in enumerate(row):
+                owned.setdefault(device.process_index, set()).add(shard)
+        parts = sorted({tuple(sorted(shards)) for shards in owned.values()})
+        return parts.index(tuple(sorted(owned[jax.process_index()]))), len(parts)
+
     def put_rows(self, rows: Int[np.ndarray, "parts part seq_and_one"]) -> jax.Array:
         """This process's rows as its part of the global array."""
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, ROWS), rows)
@@ -82,7 +100,7 @@ class Layout:
     def weights(self, params: nnx.State) -> nnx.State:
         """What `model` computes with, from stored shards; inside `on_mesh`.
 
-        In the dtype that is computed in, and whole but for the layers where `zero` is 3.
+        In the dtype that is computed in, and whole but for layers that are gathered when they come.
         """
 
         def gather(path, leaf, placement):
@@ -102,14 +120,20 @@ class Layout:
         return jax.tree.map_with_path(reduce, gradients, self.placements)
 
     def model(self, weights: nnx.State, bias: nnx.State) -> Transformer:
-        """The model of these weights; where `zero` is 3 it gathers each layer when it comes."""
+        """The model of these weights; it may gather each layer when it comes."""
         model: Transformer = nnx.merge(self.graph, weights, bias)
-        if self.config.parallel.zero == 3:
+        if self._gathers_layers:
             model.gather_layer = self._gather_layer
         return model
 
+    @property
+    def _gathers_layers(self) -> bool:
+        """Whether whole-model functions gather each layer when it comes: with `zero` 3, and in a
+        pipeline (whose training step is another, train/pipeline_step.py)."""
+        return self.config.parallel.zero == 3 or self.config.parallel.pipe > 1
+
     def _gathers_late(self, path: tuple) -> bool:
-        return self.config.parallel.zero == 3 and path[0].key in STACKS
+        return self._gathers_layers and path[0].key in STACKS
 
     def _gather_layer(self, stack: str, layer: nnx.State) -> nnx.State:
         def gather(leaf, placement):

@@ -122,16 +122,13 @@ class Trainer:
         self.config = config
         self.directory = directory
         self.manager = manager
-        self.plans = plan_run(config.train, config.optimizer, config.loss)
+        self.plans = plan_run(config.train, config.optimizer, config.loss, config.parts)
         self.data = _prepare_data(config, directory, tokenizer)
-        self.loader = Loader(
-            self.data,
-            config.train.batch_size,
-            config.train.seed,
-            jax.process_index(),
-            jax.process_count(),
-        )
         self.layout = make_layout(config)
+        share, self.data_shares = self.layout.data_share()
+        self.loader = Loader(
+            self.data, config.train.batch_size, config.train.seed, share, self.data_shares
+        )
         self.state, self.first_step = self._initial_state(initial)
         self.evaluation_sums = self.layout.sum_over_tokens(evaluation_sums)
         self.eval_batches: list[Batch] = []
@@ -197,23 +194,23 @@ class Trainer:
         return compiled
 
     def _next_rows(self, plan: StepPlan) -> tuple[jax.Array, jax.Array | None]:
-        """The step's rows, [accumulation, part, seq + 1], parts beyond the ramp's left zero."""
-        train = self.config.train
-        part = train.batch_size // train.accumulation
+        """The step's rows, [parts, part, seq + 1], parts beyond the ramp's left zero."""
+        parts = self.config.parts
+        part = self.config.train.batch_size // parts
         batch = self.loader.next_batch(plan.micro_batches * part)
-        mine = part // jax.process_count()
+        mine = part // self.data_shares
 
         def arrange(array):
-            padded = np.zeros((train.accumulation * mine, array.shape[1]), np.int32)
+            padded = np.zeros((parts * mine, array.shape[1]), np.int32)
             padded[: len(array)] = array
-            return self.layout.put_rows(padded.reshape(train.accumulation, mine, -1))
+            return self.layout.put_rows(padded.reshape(parts, mine, -1))
 
         documents = None if batch.documents is None else arrange(batch.documents)
         return arrange(batch.tokens), documents
 
     def _metrics(self, plan: StepPlan, report: StepReport, seconds: float) -> dict[str, Any]:
         train, seq = self.config.train, self.config.data.seq_len
-        sequences = plan.micro_batches * (train.batch_size // train.accumulation)
+        sequences = plan.micro_batches * (train.batch_size // self.config.parts)
         tokens = sequences * seq
         metrics: dict[str, Any] = {
             "step": plan.step,

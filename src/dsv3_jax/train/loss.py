@@ -128,30 +128,61 @@ def training_loss(
     attention stays inside a document and targets in another one do not count. An MTP loss has
     fewer terms but the same divisor (equation 24).
     """
-    batch, seq = rows.shape[0], rows.shape[1] - 1
     hidden = model.hidden_states(rows, None if documents is None else documents[:, :-1])
-    mask = jnp.ones((batch, seq), jnp.float32) if documents is None else loss_mask(documents)
-    states, targets, masks = [hidden.main], [rows[:, 1:]], [mask]
-    for depth, state in enumerate(hidden.mtp, start=1):
-        states.append(state)
-        targets.append(jnp.pad(rows[:, 1 + depth :], ((0, 0), (0, depth))))
-        masks.append(_mtp_mask(documents, batch, seq, depth))
     depths = len(hidden.mtp)
-    term_weights = [1.0] + [mtp_weight / depths] * depths
-    weights = [m * (w / predictions) for m, w in zip(masks, term_weights, strict=True)]
+    targets = make_targets(rows, documents, depths)
+    weights = targets.masks * term_weights(depths, mtp_weight, predictions)[:, None, None]
     with jax.named_scope("cross_entropy"):
         predicted, nll = chunked_cross_entropy(
-            jnp.concatenate(states).reshape(-1, hidden.main.shape[-1]),
+            jnp.concatenate([hidden.main, *hidden.mtp]).reshape(-1, hidden.main.shape[-1]),
             model.lm_head.weight[...],
-            jnp.concatenate(targets).reshape(-1),
-            jnp.concatenate(weights).reshape(-1),
+            targets.tokens.reshape(-1),
+            weights.reshape(-1),
         )
-    sums = jnp.sum(nll.reshape(1 + depths, -1) * jnp.stack(masks).reshape(1 + depths, -1), axis=1)
-    means = sums / predictions
-    balance = jnp.sum(hidden.balance_loss) * (batch / sequences)
+    means = masked_sums(nll, targets.masks) / predictions
+    balance = jnp.sum(hidden.balance_loss) * (rows.shape[0] / sequences)
     loss = predicted + balance_weight * balance
     mtp = jnp.mean(means[1:]) if depths else jnp.zeros(())
     return loss, (Losses(loss, means[0], mtp, balance), hidden.load)
+
+
+class Targets(NamedTuple):
+    """What the main model (first) and each MTP depth predict, and which positions count."""
+
+    tokens: Int[Array, "streams batch seq"]
+    masks: Float[Array, "streams batch seq"]
+
+
+def make_targets(
+    rows: Int[Array, "batch seq_and_one"],
+    documents: Int[Array, "batch seq_and_one"] | None,
+    depths: int,
+) -> Targets:
+    """Depth k predicts the token k + 1 ahead, where it exists in the same document."""
+    batch, seq = rows.shape[0], rows.shape[1] - 1
+    mask = jnp.ones((batch, seq), jnp.float32) if documents is None else loss_mask(documents)
+    tokens, masks = [rows[:, 1:]], [mask]
+    for depth in range(1, depths + 1):
+        tokens.append(jnp.pad(rows[:, 1 + depth :], ((0, 0), (0, depth))))
+        masks.append(_mtp_mask(documents, batch, seq, depth))
+    return Targets(jnp.stack(tokens), jnp.stack(masks))
+
+
+def term_weights(
+    depths: int, mtp_weight: Float[Array, ""], predictions: Float[Array, ""]
+) -> Float[Array, " streams"]:
+    """What a position's loss counts for, by stream: 1 / predictions, an MTP depth's mtp_weight /
+    depths of it."""
+    mtp = jnp.full((depths,), mtp_weight / max(depths, 1), jnp.float32)
+    return jnp.concatenate([jnp.ones((1,), jnp.float32), mtp]) / predictions
+
+
+def masked_sums(
+    nll: Float[Array, " positions"], masks: Float[Array, "streams batch seq"]
+) -> Float[Array, " streams"]:
+    """The losses of each stream's positions that count, added up."""
+    streams = masks.shape[0]
+    return jnp.sum(nll.reshape(streams, -1) * masks.reshape(streams, -1), axis=1)
 
 
 def _mtp_mask(documents, batch, seq, depth):

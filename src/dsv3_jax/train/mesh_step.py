@@ -18,10 +18,9 @@ def lower_train_step(config: RunConfig, devices: Sequence[Any]) -> jax.stages.Lo
     Nothing is allocated. Raises ValueError where the mesh needs another number of devices.
     """
     layout = make_layout(config, devices)
-    train, seq = config.train, config.data.seq_len
-    part = train.batch_size // train.accumulation
+    part, seq = config.train.batch_size // config.parts, config.data.seq_len
     rows = jax.ShapeDtypeStruct(
-        (train.accumulation, part, seq + 1),
+        (config.parts, part, seq + 1),
         jnp.int32,
         sharding=NamedSharding(layout.mesh, ROWS),
     )

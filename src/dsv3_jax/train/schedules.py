@@ -67,20 +67,22 @@ def bias_update_rate(config: LossConfig, progress: float) -> float:
     return BIAS_UPDATE_RATE if progress < BIAS_FREEZES_AT else 0.0
 
 
-def micro_batches(train: TrainConfig, progress: float) -> int:
-    """How many of the `accumulation` parts a ramping batch has after the share `progress`."""
+def micro_batches(parts: int, progress: float) -> int:
+    """How many of a full batch's `parts` a ramping batch has after the share `progress`."""
     share = RAMP_START + (1 - RAMP_START) * min(progress / RAMP_UNTIL, 1.0)
-    return max(1, round(train.accumulation * share))
+    return max(1, round(parts * share))
 
 
-def plan_run(train: TrainConfig, optimizer: OptimizerConfig, loss: LossConfig) -> list[StepPlan]:
-    """The plan of every step, in order.
+def plan_run(
+    train: TrainConfig, optimizer: OptimizerConfig, loss: LossConfig, parts: int
+) -> list[StepPlan]:
+    """The plan of every step, in order, a full batch being computed in `parts`.
 
     With a batch ramp a run of `steps` steps sees fewer sequences than steps * batch_size. A batch
     that grows linearly in tokens from b to B over the share r of the tokens takes
     r ln(B/b) / (1 - b/B) / B steps for that share, which gives the total that shares refer to.
     """
-    part = train.batch_size // train.accumulation
+    part = train.batch_size // parts
     total = float(train.steps * train.batch_size)
     if optimizer.batch_ramp:
         stretch = math.log(1 / RAMP_START) / (1 - RAMP_START) - 1
@@ -88,7 +90,7 @@ def plan_run(train: TrainConfig, optimizer: OptimizerConfig, loss: LossConfig) -
     plans, seen = [], 0
     for step in range(1, train.steps + 1):
         progress = seen / total
-        count = micro_batches(train, progress) if optimizer.batch_ramp else train.accumulation
+        count = micro_batches(parts, progress) if optimizer.batch_ramp else parts
         plans.append(
             StepPlan(
                 step=step,

@@ -26,10 +26,12 @@ class TrainState(NamedTuple):
 
 def build_model(config: RunConfig, rngs: nnx.Rngs) -> Transformer:
     """The run's model in FP32, initialised from `rngs`."""
+    in_pipeline = config.parallel.pipe > 1  # which chooses itself what backward computes again
     return Transformer(
         config.model,
         rngs=rngs,
-        remat=config.train.remat,
+        remat="none" if in_pipeline else config.train.remat,
+        keep=config.train.keep,
         scan_layers=config.train.scan_layers,
         dispatcher=make_dispatcher(config.model, config.parallel),
     )

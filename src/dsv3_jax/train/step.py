@@ -14,6 +14,7 @@ from dsv3_jax.train.balance import update_selection_bias
 from dsv3_jax.train.layout import ROWS, Layout
 from dsv3_jax.train.loss import Losses, loss_mask, training_loss
 from dsv3_jax.train.optimizer import GradientNorm, adamw_update, clip_factor, gradient_norm
+from dsv3_jax.train.pipeline_step import make_pipeline
 from dsv3_jax.train.state import TrainState, is_stacked
 
 
@@ -42,59 +43,21 @@ TrainStep = Callable[..., tuple[TrainState, StepReport]]
 def make_train_step(layout: Layout) -> TrainStep:
     """`step(state, rows, documents, settings)`, jitted over the layout's mesh, its state donated.
 
-    `rows` is int32 [accumulation, part, seq + 1]; the first `settings.micro_batches` parts are
-    used. `documents` is the same shape or None. Losses and gradients are the whole batch's means.
-    Gradients of all parts are added up on each device and reduced over devices once.
+    `rows` is int32 [parts, part, seq + 1], the parts those of an accumulation or a pipeline's
+    micro-batches; the first `settings.micro_batches` of them are used. `documents` is the same
+    shape or None. Losses and gradients are the whole batch's means. Gradients of all parts are
+    added up on each device and reduced over devices once.
     """
     config, placements = layout.config, layout.placements
-
-    def losses_of(params, bias, rows, documents, predictions, sequences, mtp_weight):
-        return training_loss(
-            layout.model(params, bias),
-            rows,
-            documents,
-            predictions=predictions,
-            sequences=sequences,
-            mtp_weight=mtp_weight,
-            balance_weight=config.loss.balance_weight,
-        )
-
-    differentiate = jax.value_and_grad(losses_of, has_aux=True)
+    in_pipeline = config.parallel.pipe > 1
+    add_up = make_pipeline(layout).gradients if in_pipeline else _accumulation(layout)
 
     def batch_gradients(state, rows, documents, settings):
-        parts = rows.shape[0]
-        used = jnp.arange(parts) < settings.micro_batches
+        used = jnp.arange(rows.shape[0]) < settings.micro_batches
         sequences = (jnp.sum(used) * rows.shape[1]).astype(jnp.float32)
         counts = (_count_predictions(rows, documents, used), sequences)
         predictions, sequences = add_over(layout.token_axes, counts)
-        weights = layout.weights(state.params)
-
-        def part_gradients(index):
-            (_, (losses, load)), gradients = differentiate(
-                weights,
-                state.selection_bias,
-                rows[index],
-                None if documents is None else documents[index],
-                predictions,
-                sequences,
-                settings.mtp_weight,
-            )
-            return losses, load, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-
-        if parts == 1:
-            totals = part_gradients(0)
-        else:
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part_gradients, 0)
-            )
-
-            def add_part(index, total):
-                return jax.tree.map(jnp.add, total, part_gradients(index))
-
-            totals = jax.lax.fori_loop(0, settings.micro_batches, add_part, zeros)
-        losses, load, gradients = totals
-        with jax.named_scope("reduce_gradients"):
-            gradients = layout.reduce(gradients)
+        losses, load, gradients = add_up(state, rows, documents, settings, predictions, sequences)
         return *add_over(layout.token_axes, (losses, load)), gradients
 
     def step(state, rows, documents, settings):
@@ -123,6 +86,57 @@ def make_train_step(layout: Layout) -> TrainStep:
 
     specs, nowhere = layout.state_specs(), PartitionSpec()
     return layout.on_mesh(step, (specs, ROWS, ROWS, nowhere), (specs, nowhere), donate=(0,))
+
+
+def _accumulation(layout: Layout) -> Callable:
+    """The losses, loads and gradients of a batch's parts one after the other."""
+    config = layout.config
+
+    def losses_of(params, bias, rows, documents, predictions, sequences, mtp_weight):
+        return training_loss(
+            layout.model(params, bias),
+            rows,
+            documents,
+            predictions=predictions,
+            sequences=sequences,
+            mtp_weight=mtp_weight,
+            balance_weight=config.loss.balance_weight,
+        )
+
+    differentiate = jax.value_and_grad(losses_of, has_aux=True)
+
+    def add_up(state, rows, documents, settings, predictions, sequences):
+        weights = layout.weights(state.params)
+
+        def part_gradients(index):
+            (_, (losses, load)), gradients = differentiate(
+                weights,
+                state.selection_bias,
+                rows[index],
+                None if documents is None else documents[index],
+                predictions,
+                sequences,
+                settings.mtp_weight,
+            )
+            return losses, load, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+
+        if rows.shape[0] == 1:
+            totals = part_gradients(0)
+        else:
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(part_gradients, 0)
+            )
+
+            def add_part(index, total):
+                return jax.tree.map(jnp.add, total, part_gradients(index))
+
+            totals = jax.lax.fori_loop(0, settings.micro_batches, add_part, zeros)
+        losses, load, gradients = totals
+        with jax.named_scope("reduce_gradients"):
+            gradients = layout.reduce(gradients)
+        return losses, load, gradients
+
+    return add_up
 
 
 def _count_predictions(

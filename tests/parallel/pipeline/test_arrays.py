@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from dsv3_jax.parallel.pipeline.arrays import NONE, Peer, lower_schedule
-from dsv3_jax.parallel.pipeline.check import check_arrays
-from dsv3_jax.parallel.pipeline.orders import Kind
+from dsv3_jax.parallel.pipeline.arrays import BUFFERS, NONE, Peer, lower_schedule
+from dsv3_jax.parallel.pipeline.orders import IDLE, Action, Kind, Work
 from dsv3_jax.parallel.pipeline.schedule import make_schedule
 from dsv3_jax.parallel.pipeline.simulate import simulate_ticks
 from tests.parallel.pipeline.cases import NAMES, PAPER, schedule_arguments
+from tests.parallel.pipeline.follow import check_all, check_crossings, check_losses
 
 
 @settings(max_examples=50)
@@ -27,6 +27,8 @@ def test_slots_are_as_many_as_values_alive(arguments):
         (arrays.weight_slots, [arrays.weight_slot]),
         (arrays.activation_slots, [arrays.activation_slot, *_sources(arrays.receive_activation)]),
         (arrays.gradient_slots, [arrays.gradient_slot, *_sources(arrays.receive_gradient)]),
+        (arrays.loss_slots, [arrays.loss_slot]),
+        (arrays.loss_slots, [arrays.receive_loss]),
     ):
         used = np.max([table.max(axis=0) for table in slots], axis=0) + 1
         np.testing.assert_array_equal(used, counts)
@@ -34,6 +36,15 @@ def test_slots_are_as_many_as_values_alive(arguments):
 
 def _sources(receive: np.ndarray) -> list[np.ndarray]:
     return [receive[..., peer] for peer in Peer]
+
+
+@settings(max_examples=50)
+@given(schedule_arguments())
+def test_losses_and_crossings_are_those_of_the_table(arguments):
+    schedule = make_schedule(*arguments)
+    arrays = lower_schedule(schedule)
+    check_losses(schedule, arrays)
+    check_crossings(schedule, arrays)
 
 
 def test_buffers_of_sixteen_stages():
@@ -50,6 +61,14 @@ def test_buffers_of_sixteen_stages():
     np.testing.assert_array_equal(sizes["dualpipev"].weight_slots, np.arange(8) + 1)
     for arrays in sizes.values():
         assert max(arrays.activation_slots.max(), arrays.gradient_slots.max()) <= 2
+    # One loss waits at a time, where the last stage is: the last rank, both ends, the first.
+    for name, slots in (
+        ("1f1b", [0] * 15 + [1]),
+        ("zb1p", [0] * 15 + [1]),
+        ("dualpipe", [1] + [0] * 14 + [1]),
+        ("dualpipev", [1] + [0] * 7),
+    ):
+        np.testing.assert_array_equal(sizes[name].loss_slots, slots)
 
 
 def test_the_first_ticks_of_two_ranks():
@@ -69,6 +88,33 @@ def test_the_first_ticks_of_two_ranks():
     np.testing.assert_array_equal(arrays.stage_of_chunk, [[0], [1]])
     # What arrives in tick 1 takes the slot that the forward of tick 1 has just read.
     assert (arrays.activation_slot[1, 1], arrays.receive_activation[1, 1, Peer.PREVIOUS]) == (0, 0)
+    np.testing.assert_array_equal(arrays.enters[:, 0], [0, 1, -1, -1, -1, -1])
+    np.testing.assert_array_equal(arrays.leaves[:, 0], [-1, 0, -1, 1, -1, -1])
+    np.testing.assert_array_equal(arrays.turns[:, 0], [-1, -1, 0, -1, 1, -1])
+    np.testing.assert_array_equal(arrays.returns[:, 0], [-1, -1, -1, 0, -1, 1])
+    np.testing.assert_array_equal(arrays.receive_loss[:, 1], [-1, 0, -1, 0, -1, -1])
+    np.testing.assert_array_equal(arrays.loss_slot[:, 1], [-1, -1, 0, -1, 0, -1])
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("1f1b", [0], [3]), ("zb1p", [0], [3]), ("dualpipe", [0, 3], [3, 0]), ("dualpipev", [0], [0])],
+)
+def test_ranks_of_the_ends(name, first, last):
+    arrays = lower_schedule(make_schedule(name, 4, 8))
+    np.testing.assert_array_equal(arrays.first_rank, first)
+    np.testing.assert_array_equal(arrays.last_rank, last)
+
+
+def test_a_late_weight_backward_turns_and_does_not_return():
+    """Its recomputation reads the embeddings again; the gradient of them is out by then."""
+    schedule = make_schedule("zb1p", 2, 4)
+    arrays = lower_schedule(schedule)
+    late = [Kind.BACKWARD_WEIGHT in row for row in arrays.kind[:, 1:].tolist()]
+    assert sum(late) == 4 and (arrays.turns[late, 0] != NONE).all()
+    for name, times in (("enters", 1), ("leaves", 1), ("turns", 2), ("returns", 1)):
+        found = getattr(arrays, name)
+        np.testing.assert_array_equal(np.bincount(found[found != NONE]), [times] * 4)
 
 
 def test_only_the_turn_of_a_v_stays_on_its_rank():
@@ -79,32 +125,44 @@ def test_only_the_turn_of_a_v_stays_on_its_rank():
             np.testing.assert_array_equal(local, [0, 8] if name == "dualpipev" else [0] * 4)
 
 
-def test_arrays_are_int32_of_the_table_s_shape():
-    schedule = make_schedule("dualpipe", 4, 8)
-    arrays = lower_schedule(schedule)
-    for field in fields(arrays):
-        value = getattr(arrays, field.name)
-        assert value.dtype == np.int32
-        assert value.shape[:2] == (schedule.ticks, 4) or value.shape[0] == 4
-
-
-@pytest.mark.parametrize("name", ["zb1p", "dualpipe", "dualpipev"])
-def test_every_wrong_entry_is_found(name):
-    """Each entry of each array raised by one, a few at a time for speed."""
+@pytest.mark.parametrize(("name", "directions", "chunks"), [("zb1p", 1, 1), ("dualpipe", 2, 2)])
+def test_arrays_are_int32_of_the_annotated_shapes(name, directions, chunks):
     schedule = make_schedule(name, 4, 8)
     arrays = lower_schedule(schedule)
-    check_arrays(schedule, arrays)
+    sizes = {"ticks": schedule.ticks, "ranks": 4, "peers": 3}
+    sizes |= {"directions": directions, "chunks": chunks}
+    for field in fields(arrays):
+        value = getattr(arrays, field.name)
+        dims = field.type.dim_str.split()
+        assert (value.dtype, value.shape) == (np.int32, tuple(sizes[dim] for dim in dims))
+
+
+HALVES = ((Kind.FORWARD, "forward"), (Kind.BACKWARD, "backward"))
+ALSO_UNUSED = ("loss_slot", "receive_loss", "enters", "leaves", "turns", "returns")
+SIZES = ("residuals_of_chunk", "weights_of_chunk", *(f"{buffer}_slots" for buffer in BUFFERS))
+"""Too large a buffer is no wrong program: `test_slots_are_as_many_as_values_alive` counts."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_wrong_entry_is_found(name):
+    """Each array with an entry raised by one, a few of those in use and a few of the others."""
+    schedule = make_schedule(name, 4, 8)
+    arrays = lower_schedule(schedule)
+    check_all(schedule, arrays)
     random = np.random.default_rng(0)
     for field in fields(arrays):
         original = getattr(arrays, field.name)
-        if original.shape[0] != schedule.ticks or not (original != NONE).any():
+        if field.name in SIZES:
             continue
         used = np.argwhere(original != NONE)
-        for at in random.choice(used, min(6, len(used)), replace=False):
+        chosen = list(random.choice(used, min(6, len(used)), replace=False)) if len(used) else []
+        if field.name in ALSO_UNUSED:
+            chosen += list(random.choice(np.argwhere(original == NONE), 3, replace=False))
+        for at in chosen:
             wrong = original.copy()
             wrong[tuple(at)] += 1
             with pytest.raises((AssertionError, ValueError, IndexError)):
-                check_arrays(schedule, replace(arrays, **{field.name: wrong}))
+                check_all(schedule, replace(arrays, **{field.name: wrong}))
 
 
 def test_two_swapped_slots_are_found():
@@ -113,11 +171,28 @@ def test_two_swapped_slots_are_found():
     wrong = arrays.forward_residual_slot.copy()
     wrong[[0, 1], 0] = wrong[[1, 0], 0]
     with pytest.raises(AssertionError, match="residual slot"):
-        check_arrays(schedule, replace(arrays, forward_residual_slot=wrong))
+        check_all(schedule, replace(arrays, forward_residual_slot=wrong))
+
+
+def test_a_loss_that_is_overwritten_is_found():
+    """A second micro-batch leaves before the first one's backward has read."""
+    schedule = make_schedule("1f1b", 2, 2)
+    f, b = (tuple(Action(k, **{h: Work(m, 1)}) for m in (0, 1)) for k, h in HALVES)
+    late = ((schedule.table[0][0], IDLE), (schedule.table[1][0], f[0]), (IDLE, f[1]), (IDLE, b[0]))
+    schedule = replace(schedule, table=(*late, (schedule.table[3][0], b[1]), *schedule.table[5:]))
+    arrays = lower_schedule(schedule)
+    check_all(schedule, arrays)
+    np.testing.assert_array_equal(arrays.loss_slots, [0, 2])
+    wrong = arrays.receive_loss.copy()
+    wrong[2, 1] = wrong[1, 1]
+    with pytest.raises(AssertionError, match=r"tick 2, rank 1: .* overwrites loss slot 0"):
+        check_losses(schedule, replace(arrays, receive_loss=wrong))
 
 
 def test_a_buffer_too_small_is_found():
     schedule = make_schedule("1f1b", 4, 8)
     arrays = lower_schedule(schedule)
     with pytest.raises(AssertionError, match=r"writes residual slot 3 of 3"):
-        check_arrays(schedule, replace(arrays, residual_slots=arrays.residual_slots - 1))
+        check_all(schedule, replace(arrays, residual_slots=arrays.residual_slots - 1))
+    with pytest.raises(AssertionError, match="loss slot 0 of 0"):
+        check_all(schedule, replace(arrays, loss_slots=arrays.loss_slots - 1))

@@ -1,12 +1,13 @@
 """A schedule as constants of a jitted program: int32 arrays [tick, rank] and buffer sizes.
 
-Every rank has four buffers, of equal size on all ranks. A slot's life, in ticks:
+Every rank has five buffers, of equal size on all ranks. A slot's life, in ticks:
 
     buffer        written                               read for the last time
     activations   end of the sender's forward           forward
     gradients     end of the sender's backward          backward
     residuals     forward                               full backward, or weight backward
     weights       input backward                        weight backward
+    losses        end of the last stage's forward       backward
 
 Messages land when the tick is over: they may take a slot that an action of the tick has read. What
 an action writes goes into no slot that its rank reads in the same tick, so both halves of an
@@ -16,11 +17,16 @@ One tick of one rank, with a = the arrays at [tick, rank]:
 
     x    = batch[forward_micro_batch] if a.activation_slot < 0 else activations[a.activation_slot]
     y, residuals[a.forward_residual_slot] = forward(chunk a.forward_chunk, x)
-    dy   = loss gradient if a.gradient_slot < 0 else gradients[a.gradient_slot]
+    dy   = losses[a.loss_slot] if a.gradient_slot < 0 else gradients[a.gradient_slot]
     dx, (dw | weights[a.weight_slot]) = backward(residuals[a.backward_residual_slot], dy)
     dw   = weight_backward(residuals[a.backward_residual_slot], weights[a.weight_slot])
     then, for peer in PREVIOUS (rank-1), NEXT (rank+1), SELF:  what that peer sent here goes to
     activations[a.receive_activation[peer]] and gradients[a.receive_gradient[peer]], where >= 0
+
+What the last stage puts out becomes, at the end of the tick, a gradient of the loss in slot
+a.receive_loss of the same rank. `enters` and its like say, to all ranks alike, when a micro-batch
+meets the embedding or the head, by direction: DualPipe's second half of micro-batches is direction
+1, everything else direction 0.
 
 A rank sends at most one activation and one gradient a tick, but may receive one of each from
 either neighbour. SELF is DualPipeV's turn at the last rank, where no message is needed.
@@ -62,6 +68,10 @@ class ScheduleArrays:
     """Read by the forward half; NONE in stage 0, whose input is the batch."""
     gradient_slot: Int32[np.ndarray, "ticks ranks"]
     """Read by the backward half; NONE in the last stage, where the loss is."""
+    loss_slot: Int32[np.ndarray, "ticks ranks"]
+    """Read by the backward half of the last stage; NONE in all others."""
+    receive_loss: Int32[np.ndarray, "ticks ranks"]
+    """The slot for the loss gradient of what the forward half puts out; NONE but in the last."""
     forward_residual_slot: Int32[np.ndarray, "ticks ranks"]
     """Written by the forward half."""
     backward_residual_slot: Int32[np.ndarray, "ticks ranks"]
@@ -75,6 +85,17 @@ class ScheduleArrays:
     receive_activation: Int32[np.ndarray, "ticks ranks peers"]
     """The slot for what each `Peer` sends here in this tick."""
     receive_gradient: Int32[np.ndarray, "ticks ranks peers"]
+    enters: Int32[np.ndarray, "ticks directions"]
+    """The micro-batch whose forward is in stage 0 in this tick."""
+    leaves: Int32[np.ndarray, "ticks directions"]
+    """The micro-batch whose forward is in the last stage."""
+    turns: Int32[np.ndarray, "ticks directions"]
+    """The micro-batch whose backward, a weight backward too, is in the last stage."""
+    returns: Int32[np.ndarray, "ticks directions"]
+    """The micro-batch whose backward (not a weight backward) is in stage 0."""
+    first_rank: Int32[np.ndarray, " directions"]
+    """The rank of stage 0."""
+    last_rank: Int32[np.ndarray, " directions"]
     stage_of_chunk: Int32[np.ndarray, "ranks chunks"]
     activation_slots: Int32[np.ndarray, " ranks"]
     """Slots that each rank uses; a buffer of an SPMD program has the largest number of them."""
@@ -82,6 +103,7 @@ class ScheduleArrays:
     residual_slots: Int32[np.ndarray, " ranks"]
     """Both chunks share them: DualPipe needs stages + 1, two pools would be half as many again."""
     weight_slots: Int32[np.ndarray, " ranks"]
+    loss_slots: Int32[np.ndarray, " ranks"]
     residuals_of_chunk: Int32[np.ndarray, "ranks chunks"]
     """Most residuals of each chunk alive at a time, for an executor that keeps them apart."""
     weights_of_chunk: Int32[np.ndarray, "ranks chunks"]
@@ -96,7 +118,7 @@ class Life(NamedTuple):
     last: int
 
 
-BUFFERS = ("activation", "gradient", "residual", "weight")
+BUFFERS = ("activation", "gradient", "residual", "weight", "loss")
 _PER_TICK = (
     "forward_micro_batch",
     "forward_chunk",
@@ -104,6 +126,8 @@ _PER_TICK = (
     "backward_chunk",
     "activation_slot",
     "gradient_slot",
+    "loss_slot",
+    "receive_loss",
     "forward_residual_slot",
     "backward_residual_slot",
     "weight_slot",
@@ -127,13 +151,46 @@ def lower_schedule(schedule: Schedule) -> ScheduleArrays:
             if action.forward is not None:
                 _fill_half(arrays, slots, layout, at, "forward", action.forward)
                 _send(arrays, slots, layout, at, "activation", action.forward, 1)
+                arrays["receive_loss"][at] = slots["loss"].get(action.forward, NONE)
             if action.backward is not None:
                 _fill_half(arrays, slots, layout, at, "backward", action.backward)
                 if action.kind == Kind.BACKWARD_WEIGHT:
-                    arrays["gradient_slot"][at] = NONE
+                    arrays["gradient_slot"][at] = arrays["loss_slot"][at] = NONE
                 else:
                     _send(arrays, slots, layout, at, "gradient", action.backward, -1)
-    return ScheduleArrays(**arrays, **_buffer_sizes(layout, lives))
+    return ScheduleArrays(**arrays, **_crossings(schedule), **_buffer_sizes(layout, lives))
+
+
+def _crossings(schedule: Schedule) -> dict[str, np.ndarray]:
+    """Fields of `ScheduleArrays`: what is in the first or in the last stage."""
+    layout = schedule.layout
+    last, directions = layout.stages - 1, 1 + layout.is_bidirectional
+    shape = schedule.ticks, directions
+    crossings = {
+        "enters": ("forward", 0),
+        "leaves": ("forward", last),
+        "turns": ("backward", last),  # and ("weight", last): of a full backward the same one
+        "returns": ("backward", 0),
+    }
+    found = {name: np.full(shape, NONE, np.int32) for name in crossings}
+    for tick, row in enumerate(schedule.table):
+        for event, work in (made for action in row for made in made_events(action)):
+            for name, crossing in crossings.items():
+                is_late = event == "weight" and name == "turns" and work.stage == last
+                if is_late or (event, work.stage) == crossing:
+                    found[name][tick, _direction(layout, work)] = work.micro_batch
+    first = [layout.rank_of(Work(_first_of(layout, d), 0)) for d in range(directions)]
+    ends = [layout.rank_of(Work(_first_of(layout, d), last)) for d in range(directions)]
+    return found | {"first_rank": np.array(first, np.int32), "last_rank": np.array(ends, np.int32)}
+
+
+def _direction(layout: Layout, work: Work) -> int:
+    return layout.chunk_of(work) if layout.is_bidirectional else 0
+
+
+def _first_of(layout: Layout, direction: int) -> int:
+    """The first micro-batch of a direction."""
+    return direction * (layout.micro_batches // 2)
 
 
 def _fill_half(
@@ -151,6 +208,7 @@ def _fill_half(
         arrays["activation_slot"][at] = slots["activation"].get(work, NONE)
     else:
         arrays["gradient_slot"][at] = slots["gradient"].get(work, NONE)
+        arrays["loss_slot"][at] = slots["loss"].get(work, NONE)
         arrays["weight_slot"][at] = slots["weight"].get(work, NONE)
 
 
@@ -194,6 +252,8 @@ def find_lives(schedule: Schedule) -> dict[str, list[Life]]:
             lives["activation"].append(life)
         if stage < layout.stages - 1:
             lives["gradient"].append(Life(work, rank, backward[after] + 1, backward[work]))
+        else:
+            lives["loss"].append(Life(work, rank, forward[work] + 1, backward[work]))
         lives["residual"].append(Life(work, rank, forward[work], weight[work]))
         if weight[work] > backward[work]:
             lives["weight"].append(Life(work, rank, backward[work], weight[work]))
