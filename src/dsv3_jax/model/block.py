@@ -15,8 +15,8 @@ from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary
-from dsv3_jax.model.router import LoadStatistics
-from dsv3_jax.parallel.dispatch import ExpertFunction
+from dsv3_jax.model.router import LoadStatistics, Routing
+from dsv3_jax.parallel.dispatch import Dispatcher, Sent
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
@@ -55,7 +55,7 @@ class Block(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         recompute: Recompute,
-        dispatcher: ExpertFunction | None,
+        dispatcher: Dispatcher | None,
     ):
         norm = {"eps": config.rms_norm_eps, "dtype": dtype}
         self.input_layernorm = RMSNorm(config.hidden_size, **norm)
@@ -87,12 +87,54 @@ class Block(nnx.Module):
         Float[Array, "batch seq hidden"], Float[Array, "batch seq latent"], LoadStatistics | None
     ]:
         """The output, the latents a cache would hold, and (MoE only) the load."""
+        state = self.attend(x, rotary, documents, valid, tape)
+        state = self.combine(self.compute(self.dispatch(state, tape), tape))
+        return state.x, state.latent, state.statistics
+
+    # The parts, between which a pipeline has another micro-batch's parts done. All transfers of a
+    # MoE block are in `dispatch` and `combine`.
+
+    def attend(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        rotary: Rotary,
+        documents: Int[Array, "batch seq"] | None,
+        valid: int | None,
+        tape: Tape,
+    ) -> "BlockState":
+        """Attention, and what is to be sent to the experts."""
         with jax.named_scope("attention"):
             normed = self.recompute_norm(self.input_layernorm)(x)
             attended, latent = self.self_attn(normed, rotary, documents, tape)
             x = tape.keep("attention_residual", x + attended)
-        y, statistics = self._feed_forward(x, valid, tape)
-        return x + y, latent, statistics
+        normed = self.recompute_norm(self.post_attention_layernorm)(x)
+        routing, statistics = self.mlp.route(normed, valid, tape) if self.routed else (None, None)
+        if routing is not None:
+            routing = routing._replace(scores=None)
+        return BlockState(x, normed, latent, statistics, routing)
+
+    def dispatch(self, state: "BlockState", tape: Tape) -> "BlockState":
+        """The rows that come to this device's experts."""
+        if not self.routed:
+            return state
+        sent, parameters = self.mlp.dispatch(state.normed, state.routing, tape)
+        return state._replace(sent=sent, parameters=parameters, routing=None)
+
+    def compute(self, state: "BlockState", tape: Tape) -> "BlockState":
+        """What the experts, or the MLP, make of them."""
+        if self.routed:
+            parts = state.normed, state.sent, state.parameters
+            sent, shared = self.mlp.compute(*parts, tape)
+            return state._replace(sent=sent, normed=shared)
+        with jax.named_scope("dense_mlp"):
+            return state._replace(normed=self.mlp(state.normed, tape))
+
+    def combine(self, state: "BlockState") -> "BlockState":
+        """The block's output `x`."""
+        y = state.normed
+        if self.routed:
+            y = self.mlp.combine(state.sent, y, state.parameters)
+        return BlockState(state.x + y, None, state.latent, state.statistics)
 
     def decode(
         self,
@@ -107,13 +149,26 @@ class Block(nnx.Module):
         rows = jnp.arange(x.shape[0])[:, None]
         cache = cache.at[rows, positions].set(latent.astype(cache.dtype))
         x = x + self.self_attn.decode(normed, rotary, cache, positions)
-        return x + self._feed_forward(x, None)[0], cache
+        return x + self._feed_forward(x), cache
 
     def _feed_forward(
-        self, x: Float[Array, "batch seq hidden"], valid: int | None, tape: Tape = AUTODIFF
-    ) -> tuple[Float[Array, "batch seq hidden"], LoadStatistics | None]:
+        self, x: Float[Array, "batch queries hidden"]
+    ) -> Float[Array, "batch queries hidden"]:
         normed = self.recompute_norm(self.post_attention_layernorm)(x)
-        if self.routed:
-            return self.mlp(normed, valid, tape)
-        with jax.named_scope("dense_mlp"):
-            return self.mlp(normed, tape), None
+        return self.mlp(normed)[0] if self.routed else self.mlp(normed)
+
+
+class BlockState(NamedTuple):
+    """What one part of a block hands to the next; None where it has none."""
+
+    x: Float[Array, "batch seq hidden"]
+    """The residual stream."""
+    normed: Float[Array, "batch seq hidden"] | None
+    """What the feed-forward part reads; after `compute` what the MLP or the shared experts made."""
+    latent: Float[Array, "batch seq latent"] | None
+    """What a cache would hold."""
+    statistics: LoadStatistics | None
+    routing: Routing | None = None
+    sent: Sent | None = None
+    parameters: Any = None
+    """The experts' own, as `Dispatcher.dispatch` gives them back."""

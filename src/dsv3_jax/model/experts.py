@@ -8,6 +8,7 @@ Backward keeps the input of SwiGLU and gathers and computes the rest again.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,13 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig, ParallelConfig
 from dsv3_jax.model.linear import normal
 from dsv3_jax.model.router import Routing
-from dsv3_jax.parallel.dispatch import Exchange, ExpertFunction
+from dsv3_jax.parallel.dispatch import (
+    Dispatcher,
+    Exchange,
+    Sent,
+    join_weights,
+    split_weights,
+)
 from dsv3_jax.parallel.dispatch_plan import (
     DispatchPlan,
     choose_capacity,
@@ -44,7 +51,7 @@ class Experts(nnx.Module):
         std: float,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
-        dispatcher: ExpertFunction | None = None,
+        dispatcher: Dispatcher | None = None,
     ):
         self.gate_up_proj = nnx.Param(
             normal(rngs, (num_experts, 2, intermediate, hidden), std, dtype)
@@ -56,15 +63,41 @@ class Experts(nnx.Module):
         self, x: Float[Array, "tokens hidden"], routing: Routing, tape: Tape = AUTODIFF
     ) -> Float[Array, "tokens hidden"]:
         """sum_k weight_k * expert_k(x) for every token."""
+        sent, parameters = self.dispatch(x, routing.experts, routing.weights, tape)
+        return self.dispatcher.combine(self.dispatcher.compute(sent, parameters, tape), parameters)
+
+    def dispatch(
+        self,
+        x: Float[Array, "tokens hidden"],
+        experts: Int[Array, "tokens top_k"],
+        weights: Float[Array, "tokens top_k"],
+        tape: Tape = AUTODIFF,
+    ) -> tuple[Sent, Any]:
+        """The first of the dispatcher's three parts."""
         gate_up = self.gate_up_proj[...].reshape(self.gate_up_proj.shape[0], -1, x.shape[-1])
         parameters = (gate_up, self.down_proj[...])
-        weights = routing.weights.astype(x.dtype)
-        return self.dispatcher(x, routing.experts, weights, parameters, x.shape[0], tape)
+        return self.dispatcher.dispatch(x, experts, weights.astype(x.dtype), parameters, tape)
 
 
 @dataclass(frozen=True)
 class LocalDispatcher:
-    """Computes with the experts that are here; a pair with a negative expert counts as nothing."""
+    """Computes with the experts that are here; a pair with a negative expert counts as nothing.
+
+    A `Dispatcher` that sends nothing, and the `ExpertFunction` of one that does.
+    """
+
+    def dispatch(self, x, experts, weights, parameters, tape=AUTODIFF):
+        del tape
+        return Sent(join_weights(x, weights), experts), parameters
+
+    def compute(self, sent, parameters, tape=AUTODIFF):
+        x, weights = split_weights(sent.rows, sent.experts)
+        done = self(x, sent.experts, weights, parameters, x.shape[0], tape)
+        return sent._replace(rows=done)
+
+    def combine(self, sent, parameters):
+        del parameters
+        return sent.rows
 
     def __call__(self, x, experts, weights, parameters, tokens, tape=AUTODIFF, is_further=False):
         gate_up, down = parameters
@@ -84,7 +117,7 @@ class LocalDispatcher:
         return out
 
 
-def make_dispatcher(model: ModelConfig, parallel: ParallelConfig) -> ExpertFunction:
+def make_dispatcher(model: ModelConfig, parallel: ParallelConfig) -> Dispatcher:
     """How tokens come to the experts of a mesh: not at all, in one exchange, or in two hops."""
     node, gpu = parallel.node, parallel.gpu
     local, here = LocalDispatcher(), model.n_routed_experts // (node * gpu)

@@ -1,6 +1,9 @@
 """The mixture-of-experts layer: router, routed experts, shared experts."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -8,8 +11,8 @@ from jaxtyping import Array, Float
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.experts import Experts
 from dsv3_jax.model.mlp import MLP
-from dsv3_jax.model.router import LoadStatistics, Router, load_statistics
-from dsv3_jax.parallel.dispatch import ExpertFunction
+from dsv3_jax.model.router import LoadStatistics, Router, Routing, load_statistics
+from dsv3_jax.parallel.dispatch import Dispatcher, Sent
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
@@ -25,7 +28,7 @@ class MoE(nnx.Module):
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
-        dispatcher: ExpertFunction | None = None,
+        dispatcher: Dispatcher | None = None,
     ):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         shape = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
@@ -44,18 +47,49 @@ class MoE(nnx.Module):
         tape: Tape = AUTODIFF,
     ) -> tuple[Float[Array, "batch seq hidden"], LoadStatistics]:
         """The output and the load over the first `valid` positions (None: all) of each sequence."""
+        routing, statistics = self.route(x, valid, tape)
+        sent, parameters = self.dispatch(x, routing, tape)
+        sent, shared = self.compute(x, sent, parameters, tape)
+        return self.combine(sent, shared, parameters), statistics
+
+    # The parts, between which a pipeline has another micro-batch's parts done
+
+    def route(
+        self, x: Float[Array, "batch seq hidden"], valid: int | None, tape: Tape
+    ) -> tuple[Routing, LoadStatistics]:
+        """Where the tokens go, and the load."""
         batch, seq, hidden = x.shape
-        rows = x.reshape(batch * seq, hidden)
         with jax.named_scope("router"):
-            routing = self.gate(rows)
+            routing = self.gate(x.reshape(batch * seq, hidden))
             chosen = tape.keep("chosen_experts", routing.experts)
             routing = routing._replace(experts=chosen)
-            statistics = load_statistics(
+            return routing, load_statistics(
                 routing, batch, seq if valid is None else valid, config=self.config
             )
+
+    def dispatch(
+        self, x: Float[Array, "batch seq hidden"], routing: Routing, tape: Tape
+    ) -> tuple[Sent, Any]:
+        """The rows that come to this device's experts, and the experts' parameters."""
+        rows = x.reshape(-1, x.shape[-1])
+        with jax.named_scope("routed_experts"), jax.named_scope("dispatch"):
+            return self.experts.dispatch(rows, routing.experts, routing.weights, tape)
+
+    def compute(
+        self, x: Float[Array, "batch seq hidden"], sent: Sent, parameters: Any, tape: Tape
+    ) -> tuple[Sent, Float[Array, "batch seq hidden"]]:
+        """What the routed experts here make of what was sent, and the shared experts of `x`."""
         with jax.named_scope("routed_experts"):
-            y = self.experts(rows, routing, tape).reshape(x.shape)
-        if self.config.n_shared_experts:
-            with jax.named_scope("shared_experts"):
-                y = y + self.shared_experts(x, tape)
-        return y, statistics
+            sent = self.experts.dispatcher.compute(sent, parameters, tape)
+        if not self.config.n_shared_experts:
+            return sent, jnp.zeros_like(x)
+        with jax.named_scope("shared_experts"):
+            return sent, self.shared_experts(x, tape)
+
+    def combine(
+        self, sent: Sent, shared: Float[Array, "batch seq hidden"], parameters: Any
+    ) -> Float[Array, "batch seq hidden"]:
+        """Routed and shared experts' sums for every token."""
+        with jax.named_scope("routed_experts"), jax.named_scope("combine"):
+            y = self.experts.dispatcher.combine(sent, parameters)
+        return y.reshape(shared.shape) + shared

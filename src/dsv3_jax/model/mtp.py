@@ -16,7 +16,7 @@ from dsv3_jax.model.linear import Linear
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary
 from dsv3_jax.model.router import LoadStatistics
-from dsv3_jax.parallel.dispatch import ExpertFunction
+from dsv3_jax.parallel.dispatch import Dispatcher
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 
 
@@ -37,7 +37,7 @@ class MultiTokenPredictor(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         recompute: Recompute,
-        dispatcher: ExpertFunction | None,
+        dispatcher: Dispatcher | None,
     ):
         hidden = config.hidden_size
         norm = {"eps": config.rms_norm_eps, "dtype": dtype}
@@ -70,9 +70,17 @@ class MultiTokenPredictor(nnx.Module):
         `embedded` is the embedding of the token k ahead of each position.
         """
         with jax.named_scope("mtp"):
-            joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
-            x, _, statistics = self.block(
-                self.eh_proj(joined, tape, "eh_proj"), rotary, documents, valid, tape
-            )
+            x = self.join(hidden, embedded, tape)
+            x, _, statistics = self.block(x, rotary, documents, valid, tape)
             assert statistics is not None  # the block is routed
             return self.shared_head.norm(x), statistics
+
+    def join(
+        self,
+        hidden: Float[Array, "batch seq hidden"],
+        embedded: Float[Array, "batch seq hidden"],
+        tape: Tape,
+    ) -> Float[Array, "batch seq hidden"]:
+        """What the block reads."""
+        joined = jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1)
+        return self.eh_proj(joined, tape, "eh_proj")

@@ -17,7 +17,7 @@ from dsv3_jax.model.mtp import MultiTokenPredictor
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary, rotary
 from dsv3_jax.model.router import LoadStatistics
-from dsv3_jax.parallel.dispatch import ExpertFunction
+from dsv3_jax.parallel.dispatch import Dispatcher
 
 GATHERED = "gathered_weights"
 """Name, for checkpoint policies, of weights that are gathered again in backward."""
@@ -55,7 +55,7 @@ class Transformer(nnx.Module):
         remat: str = "none",
         keep: tuple[str, ...] = (),
         scan_layers: bool = True,
-        dispatcher: ExpertFunction | None = None,
+        dispatcher: Dispatcher | None = None,
     ):
         if remat not in RECOMPUTE:
             raise ValueError(f"remat is {remat!r}, expected one of {', '.join(RECOMPUTE)}")

@@ -9,16 +9,20 @@ a node are added before they cross.
     source --node--> same index on each node --gpu--> experts' GPUs
            <-- sum --                        <-- sum --
 
-Buffers hold `capacity` rows a peer. What does not fit goes in further rounds of the same program,
-as many as the fullest sender of all needs (one flag, a pmax). Backward repeats the further rounds;
-only the first, the usual one, keeps anything for it.
+Which row goes where is sent ahead, hop by hop (`Route`); then the rows, with their routing weights
+as further columns, so that each hop is one transfer each way.
+
+Buffers hold `capacity` rows a peer. What does not fit goes in further rounds of the same program.
+One number on which all devices agree (a pmax) says how many: none, as a rule. They come after the
+first round, forward and backward, so that nothing stands between the transfers of the first one and
+what they wait for; backward repeats them, and only the first round keeps anything for it.
 
 Source: DeepSeek-V3 Technical Report §3.2.2 (two hops), §2.1.2 (node-limited routing).
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +58,70 @@ class ExpertFunction(Protocol):
     ) -> Float[Array, "rows hidden"]: ...
 
 
+@runtime_checkable
+class Dispatcher(Protocol):
+    """Brings tokens to their experts, has them computed, brings the sums back. All transfers are in
+    the first and the last of these.
+
+    What a part gives the next is a pytree: a pipeline may have something else done between them.
+    """
+
+    def dispatch(
+        self,
+        x: Float[Array, "tokens hidden"],
+        experts: Int[Array, "tokens top_k"],
+        weights: Float[Array, "tokens top_k"],
+        parameters: Any,
+        tape: Tape = AUTODIFF,
+    ) -> tuple["Sent", Any]:
+        """What has come here, and the parameters to compute with."""
+        ...
+
+    def compute(self, sent: "Sent", parameters: Any, tape: Tape = AUTODIFF) -> "Sent":
+        """Each row's sum over the experts that are here, in place of the row."""
+        ...
+
+    def combine(self, sent: "Sent", parameters: Any) -> Float[Array, "tokens hidden"]:
+        """Each token's sum over all its experts."""
+        ...
+
+
+class Route(NamedTuple):
+    """The first round of a hop: its plan, and the experts (as numbered here) of rows that come."""
+
+    plan: RoundPlan
+    experts: Int[Array, "rows top_k"]
+
+
+class Further(NamedTuple):
+    """The rounds beyond the first one of all hops: how many of the first hop may be needed, and the
+    zeros by which their gradients find their way (`_mark`)."""
+
+    count: Int[Array, ""]
+    zeros: tuple[Float[Array, "tokens hidden"], Float[Array, "tokens hidden"]]
+
+
+class Sent(NamedTuple):
+    """A dispatch under way."""
+
+    rows: Float[Array, "rows width"]
+    """What is here now: rows with their routing weights as the last columns, later their sums."""
+    experts: Int[Array, "tokens top_k"]
+    source: Float[Array, "tokens hidden_and_top_k"] | None = None
+    """What the rows were at the sender, for further rounds."""
+    routes: tuple[Route, ...] = ()
+    """One of every hop."""
+    further: Further | None = None
+    """None where everything fits into the first round."""
+
+
 @dataclass(frozen=True)
 class Exchange:
     """`inner` on the devices of `axes`, of which peer p holds experts p*n to p*n + n - 1.
 
     `rows_a_token` is how many rows a peer is expected to get for each token of this device;
     `capacity_factor` times that is the size of a buffer. `agree_on` are the axes of all collectives
-    in here, `inner`'s too.
+    in here, `inner`'s too. A `Dispatcher`.
     """
 
     axes: tuple[str, ...]
@@ -69,16 +130,59 @@ class Exchange:
     rows_a_token: float
     capacity_factor: float
     agree_on: tuple[str, ...]
-    inner: ExpertFunction
+    inner: "ExpertFunction | Exchange"
 
-    def __call__(self, x, experts, weights, parameters, tokens, tape=AUTODIFF, is_further=False):
-        wanted, operands = self.wanted(experts), (x, weights, parameters)
-        if is_further:  # one loop is the smallest program for what is rare
-            return _rounds_from(0, self, tokens, operands, experts)[0]
-        if self.capacity(x.shape[0], tokens) >= x.shape[0]:  # everything fits into one round
-            return _one_round(self, tokens, wanted, 0, experts, operands, tape)
-        y, operands = _rounds_from(1, self, tokens, operands, experts)
-        return y + _one_round(self, tokens, wanted, 0, experts, operands, tape)
+    @property
+    def hops(self) -> tuple["Exchange", ...]:
+        """This one and those within."""
+        return (self, *(self.inner.hops if isinstance(self.inner, Exchange) else ()))
+
+    def dispatch(self, x, experts, weights, parameters, tape=AUTODIFF):
+        rows, tokens = join_weights(x, weights), x.shape[0]
+        routes, needed = self._routes(experts, tape)
+        sent = Sent(rows, experts, None, routes)
+        if self._may_overflow(tokens):
+            rounds = jax.lax.pmax(jnp.stack(needed), self.agree_on)
+            count = tape.keep("rounds", jnp.where(jnp.any(rounds > 1), rounds[0], 0))
+            operands, span = (rows, parameters), (jnp.bool(True), count)
+            (rows, of_rows), (parameters, of_parameters) = (
+                _mark(self, tokens, which, operands, experts, span) for which in (0, 1)
+            )
+            sent = Sent(rows, experts, rows, routes, Further(count, (of_rows, of_parameters)))
+        for hop, route in zip(self.hops, routes, strict=True):
+            rows = tape.keep(f"{hop.axes[-1]}_rows", _send_rows(hop, rows, route.plan))
+        return sent._replace(rows=rows), parameters
+
+    def compute(self, sent, parameters, tape=AUTODIFF):
+        experts, tokens = sent.routes[-1].experts, sent.experts.shape[0]
+        x, weights = split_weights(sent.rows, experts)
+        return sent._replace(
+            rows=self.hops[-1].inner(x, experts, weights, parameters, tokens, tape)
+        )
+
+    def combine(self, sent, parameters):
+        done, tokens = sent.rows, sent.experts.shape[0]
+        for hop, route in reversed(list(zip(self.hops, sent.routes, strict=True))):
+            done = _send_back(hop, done, route.plan)
+        if sent.further is None:
+            return done
+        operands = jax.tree.map(jax.lax.stop_gradient, (sent.source, parameters))
+        span = jnp.bool(True), sent.further.count
+        return _add_further(self, tokens, done, sent.further.zeros, operands, sent.experts, span)
+
+    def _routes(
+        self, experts: Int[Array, "rows top_k"], tape: Tape
+    ) -> tuple[tuple[Route, ...], list[Int[Array, ""]]]:
+        """The first round of every hop, and the rounds that this device's rows need in each."""
+        routes, needed, tokens = [], [], experts.shape[0]
+        for hop in self.hops:
+            wanted = hop.wanted(experts)
+            capacity = hop.capacity(experts.shape[0], tokens)
+            needed.append(rounds_needed(wanted, capacity))
+            plan = plan_round(wanted, 0, capacity)
+            experts = tape.keep(f"{hop.axes[-1]}_experts", _send_experts(hop, experts, plan))
+            routes.append(Route(plan, experts))
+        return tuple(routes), needed
 
     def wanted(self, experts: Int[Array, "rows top_k"]) -> Bool[Array, "rows peers"]:
         return wanted_by(experts, self.peers, self.experts_per_peer)
@@ -88,73 +192,150 @@ class Exchange:
         wanted = self.capacity_factor * self.rows_a_token * tokens
         return min(rows, -(-int(wanted + 1) // 8) * 8)
 
+    def _may_overflow(self, tokens: int) -> bool:
+        """Whether some routing needs more than one round in some hop."""
+        rows = tokens
+        for hop in self.hops:
+            capacity = hop.capacity(rows, tokens)
+            if capacity < rows:
+                return True
+            rows = hop.peers * capacity
+        return False
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _rounds_from(first, hop, tokens, operands, experts):
-    """What the rounds from `first` on add, as many as the fullest sender needs, and the operands.
 
-    Passed on, they bring the first round's gradients here in backward, to which these add theirs.
-    """
-    wanted = hop.wanted(experts)
+def join_weights(
+    x: Float[Array, "rows hidden"], weights: Float[Array, "rows top_k"]
+) -> Float[Array, "rows hidden_and_top_k"]:
+    """Rows with their routing weights as the last columns: one transfer for both."""
+    return jnp.concatenate([x, weights], axis=-1)
+
+
+def split_weights(
+    rows: Float[Array, "rows hidden_and_top_k"], experts: Int[Array, "rows top_k"]
+) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows top_k"]]:
+    """Rows and their routing weights."""
+    hidden = rows.shape[-1] - experts.shape[-1]
+    return rows[:, :hidden], rows[:, hidden:]
+
+
+# Further rounds: everything but the first round of all hops.
+#
+# In forward they come after it (`_add_further`). In backward they do as well: `_mark` stands before
+# the first round, so its backward rule is called when the first round's gradients are there, and
+# adds theirs in place. What it needs for that, the gradient of the result, comes to it by a zero.
+
+Operands = tuple[Float[Array, "rows hidden_and_top_k"], Any]
+"""Rows, and the experts' parameters."""
+Span = tuple[Bool[Array, ""], Int[Array, ""]]
+"""Whether the first round of all hops has been, and rounds of this hop until all is served."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _add_further(hop, tokens, y, zeros, operands, experts, span):
+    """`y` and what the further rounds add. Its gradient goes on to `y`, and to the `zeros`."""
+    del zeros
+    has_begun, count = span
 
     def add_round(index, y):
-        return y + _one_round(hop, tokens, wanted, index, experts, operands, is_further=True)
+        return y + _further_round(hop, tokens, index, has_begun, operands, experts)
 
-    y = jax.lax.fori_loop(
-        first, _rounds(hop, wanted, tokens), add_round, jnp.zeros_like(operands[0])
-    )
-    return y, operands
+    return jax.lax.fori_loop(_first_index(hop, has_begun), count, add_round, y)
 
 
-def _forward(first, hop, tokens, operands, experts):
-    return _rounds_from(first, hop, tokens, operands, experts), (operands, experts)
+_add_further.defvjp(
+    lambda *arguments: (_add_further(*arguments), None),
+    lambda hop, tokens, _, d_y: (d_y, (d_y, d_y), None, None, None),
+)
 
 
-def _backward(first, hop, tokens, residuals, gradients):
-    operands, experts = residuals
-    d_y, d_operands = gradients
-    wanted = hop.wanted(experts)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _mark(hop, tokens, which, operands, experts, span):
+    """operands[which] for the first round, and the zero for `_add_further`.
+
+    Rows and parameters each have a loop of their own in backward, so that the gradients of the
+    parameters keep nobody waiting.
+    """
+    del hop, tokens, span
+    return operands[which], jnp.zeros_like(split_weights(operands[0], experts)[0])
+
+
+def _mark_forward(hop, tokens, which, operands, experts, span):
+    return _mark(hop, tokens, which, operands, experts, span), (operands, experts, span)
+
+
+def _mark_backward(hop, tokens, which, residuals, gradients):
+    operands, experts, (has_begun, count) = residuals
+    first_gradients, d_y = gradients
 
     def add_round(index, gradients):
-        of_round = partial(_one_round, hop, tokens, wanted, index, experts, is_further=True)
-        return jax.tree.map(jnp.add, gradients, jax.vjp(of_round, operands)[1](d_y)[0])
+        def of_round(operand):
+            changed = (operand, operands[1]) if which == 0 else (operands[0], operand)
+            return _further_round(hop, tokens, index, has_begun, changed, experts)
 
-    d_operands = jax.lax.fori_loop(first, _rounds(hop, wanted, tokens), add_round, d_operands)
-    return d_operands, None
+        return jax.tree.map(jnp.add, gradients, jax.vjp(of_round, operands[which])[1](d_y)[0])
 
-
-_rounds_from.defvjp(_forward, _backward)
-
-
-def _rounds(hop: Exchange, wanted: Bool[Array, "rows peers"], tokens: int) -> Int[Array, ""]:
-    needed = rounds_needed(wanted, hop.capacity(wanted.shape[0], tokens))
-    return jax.lax.pmax(needed, hop.agree_on)
+    first = _first_index(hop, has_begun)
+    found = jax.lax.fori_loop(first, count, add_round, first_gradients)
+    return ((found, None) if which == 0 else (None, found)), None, None
 
 
-def _one_round(hop, tokens, wanted, index, experts, operands, tape=AUTODIFF, is_further=False):
-    """What the rows of one round add to the result."""
-    x, weights, parameters = operands
-    plan = plan_round(wanted, index, hop.capacity(x.shape[0], tokens))
-    axis = hop.axes[-1]
-    with jax.named_scope("dispatch"):
-        # x[T_local, D] -> rows[peers * C, D], each from the peer of that number
-        rows, row_weights = (_swap(hop, _to_slots(a, plan)) for a in (x, weights))
-        experts_sent = _take_rows(experts, plan.slot_row, NO_EXPERT)
-        by_peer = jnp.arange(hop.peers, dtype=experts.dtype)[:, None, None]
-        row_experts = _swap(hop, localise(experts_sent, by_peer, hop.experts_per_peer))
-    rows = tape.keep(f"{axis}_rows", rows.reshape(-1, rows.shape[-1]))
-    row_weights = tape.keep(f"{axis}_weights", row_weights.reshape(-1, weights.shape[-1]))
-    row_experts = tape.keep(f"{axis}_experts", row_experts.reshape(-1, experts.shape[-1]))
-    done = hop.inner(rows, row_experts, row_weights, parameters, tokens, tape, is_further)
-    with jax.named_scope("combine"):
-        # y[peers * C, D] -> y[T_local, D], the sum over peers
-        returned = _swap(hop, done.reshape(hop.peers, -1, done.shape[-1]))
-        return _from_slots(returned, plan)
+_mark.defvjp(_mark_forward, _mark_backward)
+
+
+def _first_index(hop: Exchange, has_begun: Bool[Array, ""]) -> Int[Array, ""]:
+    """Round 0 of the last hop has been; round 0 of another one has to be gone through again for
+    what is left over further in."""
+    return (has_begun & (len(hop.hops) == 1)).astype(jnp.int32)
+
+
+def _further_round(hop, tokens, index, has_begun, operands, experts):
+    """What round `index` adds, but for the first round of all hops if that has been."""
+    rows, parameters = operands
+    capacity = hop.capacity(experts.shape[0], tokens)
+    plan = plan_round(hop.wanted(experts), index, capacity)
+    experts = _send_experts(hop, experts, plan)
+    rows = _send_rows(hop, rows, plan)
+    x, weights = split_weights(rows, experts)
+    if isinstance(hop.inner, Exchange):
+        inner, operands = hop.inner, (rows, parameters)
+        needed = rounds_needed(inner.wanted(experts), inner.capacity(experts.shape[0], tokens))
+        span = has_begun & (index == 0), jax.lax.pmax(needed, inner.agree_on)
+        (rows, of_rows), (parameters, of_parameters) = (
+            _mark(inner, tokens, which, operands, experts, span) for which in (0, 1)
+        )
+        zeros, constants = (of_rows, of_parameters), jax.tree.map(jax.lax.stop_gradient, operands)
+        # Nothing uses the marked operands, whose gradients so begin at zero.
+        done = _add_further(inner, tokens, jnp.zeros_like(x), zeros, constants, experts, span)
+    else:
+        done = hop.inner(x, experts, weights, parameters, tokens, is_further=True)
+    return _send_back(hop, done, plan)
+
+
+# One hop
+
+
+def _send_experts(hop: Exchange, experts: Int[Array, "rows top_k"], plan: RoundPlan) -> Array:
+    """Of the rows that come, this device's experts by its own numbers: [peers * capacity, K]."""
+    chosen = _take_rows(experts, plan.slot_row, NO_EXPERT)
+    by_peer = jnp.arange(hop.peers, dtype=experts.dtype)[:, None, None]
+    return _swap(hop, localise(chosen, by_peer, hop.experts_per_peer))
+
+
+def _send_rows(hop: Exchange, rows: Float[Array, "rows width"], plan: RoundPlan) -> Array:
+    # x[T_local, W] -> rows[peers * C, W], each from the peer of that number
+    return _swap(hop, _to_slots(rows, plan))
+
+
+def _send_back(hop: Exchange, rows: Float[Array, "slots width"], plan: RoundPlan) -> Array:
+    # y[peers * C, D] -> y[T_local, D], the sum over peers
+    returned = _swap(hop, rows.reshape(hop.peers, -1, rows.shape[-1]))
+    return _from_slots(returned.reshape(hop.peers, -1, rows.shape[-1]), plan)
 
 
 def _swap(hop: Exchange, rows: Array) -> Array:
-    """all_to_all of [peers, capacity, ...]."""
-    return jax.lax.all_to_all(rows, hop.axes, split_axis=0, concat_axis=0, tiled=True)
+    """all_to_all of [peers, capacity, width], as [peers * capacity, width]."""
+    swapped = jax.lax.all_to_all(rows, hop.axes, split_axis=0, concat_axis=0, tiled=True)
+    return swapped.reshape(-1, rows.shape[-1])
 
 
 def _take_rows(x: Array, slot_row: Int[Array, "peers capacity"], fill: float) -> Array:

@@ -19,6 +19,19 @@ AXES = (PIPE_AXIS, "data", "node", "gpu")
 TOKEN_AXES = ("data", "node", "gpu")
 EXPERT_AXES = ("node", "gpu")
 
+GPU_COMPILER_OPTIONS: dict[str, Any] = {
+    # Two transfers at a time, one over the network and one over NVLink: of an overlapped pair of
+    # 671B layers 87 % of the transfers' time is under products, with one at a time 57 %.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    # The scheduler counts a pipeline's buffers, which pass through loops and conditionals in place,
+    # several times over. Beyond its limit (this percentage of the card) it overlaps nothing.
+    "xla_gpu_memory_limit_slop_factor": 2000,
+    # None of XLA's own kernels for small collectives, NCCL for all: of an integer maximum over 8
+    # nodes of 8 GPUs its Triton kernel (jaxlib 0.12.0.1) ends the process in an LLVM error.
+    "xla_gpu_experimental_use_collective_kernels": "",
+}
+"""XLA's options for a step on GPUs; docs/LOG.md, 2026-11-25."""
+
 
 def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (None: all there are), ValueError if it needs another number."""
@@ -31,6 +44,12 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> M
         )
     grid = np.array(devices).reshape(config.mesh_shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, Any] | None:
+    """What a program on this mesh is to be compiled with."""
+    is_gpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "gpu"
+    return GPU_COMPILER_OPTIONS if is_gpu else None
 
 
 def used_axes(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from dsv3_jax.parallel.mesh import GPU_COMPILER_OPTIONS
 from dsv3_jax.plan.hardware import Gpu, target_config
 
 PLUGIN = "jax_plugins.xla_cuda13"
@@ -28,10 +29,11 @@ INSTALL_HINT = (
     "compiling for GPUs needs jax-cuda13-pjrt and jax-cuda13-plugin, expected beside jax or in"
     " .venv/compile-ahead: run scripts/setup.sh compile"
 )
-DEFAULT_OPTIONS = {
-    # None of XLA's own kernels for small collectives, NCCL for all: of an integer maximum over 8
-    # nodes of 8 GPUs its Triton kernel (jaxlib 0.12.0.1) ends the process in an LLVM error.
-    "xla_gpu_experimental_use_collective_kernels": "",
+DEFAULT_OPTIONS = GPU_COMPILER_OPTIONS | {
+    # Nobody will run the machine code: it need not be good, only its size is read. Products are
+    # cuBLAS calls, not Triton kernels to be generated; which is quicker only a GPU could tell.
+    "xla_gpu_disable_gpuasm_optimizations": True,
+    "xla_gpu_enable_triton_gemm": False,
 }
 
 
@@ -68,7 +70,7 @@ def topology_devices(gpu: Gpu, hosts: int) -> list[Any]:
     if hosts < 1:
         raise ValueError(f"hosts is {hosts}, expected at least 1")
     _find_plugin()
-    shape = f"1x{hosts}x{gpu.gpus_per_node}"  # slices x hosts x GPUs of a host
+    shape = f"{hosts}x1x{gpu.gpus_per_node}"  # NVLink domains x hosts of one x GPUs of a host
     description = dict(target_config=target_config(gpu), topology=shape)
     try:
         topology = topologies.get_topology_desc(platform="cuda", **description)

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model.transformer import GATHERED, Transformer
-from dsv3_jax.parallel.mesh import TOKEN_AXES, make_mesh, used_axes
+from dsv3_jax.parallel.mesh import TOKEN_AXES, compiler_options, make_mesh, used_axes
 from dsv3_jax.parallel.sharding import STACKS, add_over, place
 from dsv3_jax.train.optimizer import Moments
 from dsv3_jax.train.state import TrainState, build_model, init_state, split_model
@@ -157,7 +157,8 @@ class Layout:
                 out_specs=out_specs,
                 check_vma=False,
             )
-        return jax.jit(function, donate_argnums=donate)
+        options = compiler_options(self.mesh)
+        return jax.jit(function, donate_argnums=donate, compiler_options=options)
 
     def sum_over_tokens(self, function: Callable) -> Callable:
         """`call(state, rows, documents, *replicated)`, jitted: what `function(model, rows,

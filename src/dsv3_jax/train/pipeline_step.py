@@ -36,7 +36,7 @@ from dsv3_jax.train.pipeline_head import (
     from_rank,
     head_loss,
 )
-from dsv3_jax.train.pipeline_units import MicroBatch, Mode, Rows, Units
+from dsv3_jax.train.pipeline_units import Backward, Forward, MicroBatch, Mode, Rows, Units
 from dsv3_jax.train.pipeline_weights import RankWeights, StageWeights
 
 MODES = {
@@ -185,9 +185,7 @@ def make_pipeline(layout: Layout) -> Pipeline:
     )
 
 
-ROUTING = frozenset(
-    {"chosen_experts", "node_experts", "gpu_experts", "node_weights", "gpu_weights"}
-)
+ROUTING = frozenset({"chosen_experts", "node_experts", "gpu_experts", "rounds"})
 """Small, and the same choices must be met again."""
 SELECTIVE = ROUTING | {
     *("q_latent", "kv_latent", "attention_output", "attention_residual"),
@@ -275,10 +273,12 @@ class _Run:
 
         def forward(weights, bias, x, ahead):
             unit = units.weights_at(weights, kind, Rows(zero, zero))
-            _, saved, products = units.forward(
-                kind, unit, bias, x, MicroBatch(self._some_documents(), ahead)
-            )
-            return saved, {name: products[name] for name in units.late & products.keys()}
+            micro_batch = MicroBatch(self._some_documents(), ahead)
+            made, _ = units.run(Forward(kind, unit, bias, x, micro_batch), None)
+            assert made is not None
+            tape = made[1]
+            late = units.late & tape.outputs.keys()
+            return tape.saved, {name: tape.outputs[name] for name in late}
 
         x = jax.ShapeDtypeStruct(self.hidden_shape, self.dtype)
         ahead = jax.ShapeDtypeStruct((self.depths, *self.hidden_shape), self.dtype)
@@ -394,54 +394,74 @@ class _Run:
 
     def _run_step(self, step: Step, action: "_Action", micro_batches, place, carry):
         flow, buffers, sums = carry
-        places = self.pipeline.tables.places
-        forward, backward = micro_batches
+        back = self.pipeline.tables.places - 1 - place
+        forward = backward = None
+        late: dict[str, Array] = {}
         if step.backward:
-            back = places - 1 - place
-            at = action.backward_residual_slot, back
-            kept, products = self.shapes(step.backward)
-            saved = {name: _read(buffers.kept[name], *at) for name in kept}
-            late = {}
-            if step.mode == Mode.WEIGHT:
-                at = action.weight_slot, back
-                late = {name: _read(buffers.products[name], *at) for name in products}
-            # Reads before writes, so that the buffers are written in place.
-            saved, late, buffers = jax.lax.optimization_barrier((saved, late, buffers))
+            saved, late, buffers = self._read_kept(step, action, back, buffers)
+            backward = self._backward(step, action, micro_batches[1], back, saved, flow, buffers)
         if step.forward:
-            flow, buffers, sums = self._forward(
-                step.forward, action, forward, place, (flow, buffers, sums)
-            )
-        if step.backward and step.mode == Mode.WEIGHT:
-            rows, bias = self._rows(action.backward_chunk, back), None
-            unit = self.pipeline.units.weights_at(self.weights, step.backward, rows)
-            bias = _read(self.biases, rows.block)
-            gradients = self.pipeline.units.weight_backward(
-                step.backward, unit, bias, saved, backward, late
-            )
-            total = self.pipeline.units.add_gradients(
-                sums.gradients, gradients, step.backward, rows
-            )
-            sums = sums._replace(gradients=total)
-        elif step.backward:
-            flow, buffers, sums = self._backward(
-                step, action, backward, back, saved, (flow, buffers, sums)
-            )
-        return flow, buffers, sums
+            forward = self._forward(step.forward, action, micro_batches[0], place, flow)
+        if backward is not None and step.mode == Mode.WEIGHT:
+            rows = self._rows(action.backward_chunk, back)
+            found = self.pipeline.units.weight_backward(backward, late)
+            return flow, buffers, self._add_gradients(sums, found, step.backward, rows)
+        made, gradients = self.pipeline.units.run(forward, backward)
+        carry = flow, buffers, sums
+        if made is not None:
+            carry = self._after_forward(step.forward, action, place, made, carry)
+        if gradients is not None:
+            carry = self._after_backward(step, action, back, gradients, carry)
+        return carry
 
     def _rows(self, chunk: Int[Array, ""], place: Int[Array, ""]) -> Rows:
         tables = self.pipeline.tables
         dense = jnp.asarray(tables.dense_row)[jax.lax.axis_index(PIPE_AXIS)]
         return Rows(chunk * tables.places + place, dense[chunk, place])
 
-    def _forward(self, kind, action, micro_batch, place, carry):
-        flow, buffers, sums = carry
-        units, rows = self.pipeline.units, self._rows(action.forward_chunk, place)
-        bias = _read(self.biases, rows.block)
-        weights = units.weights_at(self.weights, kind, rows)
-        output, saved, _ = units.forward(kind, weights, bias, flow.x, micro_batch)
+    def _read_kept(self, step: Step, action: "_Action", place, buffers: Buffers):
+        """What the backward reads: tensors that its forward kept, the dy of late products."""
+        at = action.backward_residual_slot, place
+        kept, products = self.shapes(step.backward)
+        saved = {name: _read(buffers.kept[name], *at) for name in kept}
+        late = {}
+        if step.mode == Mode.WEIGHT:
+            at = action.weight_slot, place
+            late = {name: _read(buffers.products[name], *at) for name in products}
+        # Reads before writes, so that the buffers are written in place.
+        return jax.lax.optimization_barrier((saved, late, buffers))
+
+    def _forward(self, kind: int, action, micro_batch, place, flow: Flow) -> Forward:
+        rows = self._rows(action.forward_chunk, place)
+        weights = self.pipeline.units.weights_at(self.weights, kind, rows)
+        return Forward(kind, weights, _read(self.biases, rows.block), flow.x, micro_batch)
+
+    def _backward(
+        self, step, action, micro_batch, place, saved, flow: Flow, buffers: Buffers
+    ) -> Backward:
+        config, kind = self.pipeline.layout.config, step.backward
+        rows = self._rows(action.backward_chunk, place)
+        d_y = flow.d_x
+        if kind >= UnitKind.NORM:
+            d_y = d_y + _read(buffers.losses, action.loss_slot, kind - UnitKind.NORM)
+        is_used = (action.backward_micro_batch < self.used).astype(jnp.float32)
+        return Backward(
+            kind,
+            self.pipeline.units.weights_at(self.weights, kind, rows),
+            _read(self.biases, rows.block),
+            saved,
+            micro_batch,
+            (d_y, config.loss.balance_weight * self.rows.shape[1] / self.sequences * is_used),
+            self.shapes(kind)[1] if step.mode == Mode.INPUT else {},
+        )
+
+    def _after_forward(self, kind, action, place, made, carry):
+        """What a unit put out goes to the next, what it kept into the buffers."""
+        (flow, buffers, sums), (output, tape) = carry, made
+        rows = self._rows(action.forward_chunk, place)
         kept = dict(buffers.kept)
         for name in self.shapes(kind)[0]:
-            kept[name] = _write(kept[name], saved[name], action.forward_residual_slot, place)
+            kept[name] = _write(kept[name], tape.saved[name], action.forward_residual_slot, place)
         flow = flow._replace(x=output.y)
         if kind >= UnitKind.NORM:
             flow = flow._replace(outputs=flow.outputs.at[kind - UnitKind.NORM].set(output.y))
@@ -452,35 +472,23 @@ class _Run:
         )
         return flow, buffers._replace(kept=kept), sums
 
-    def _backward(self, step, action, micro_batch, place, saved, carry):
+    def _after_backward(self, step, action, place, gradients, carry):
+        """A unit's gradients go to the one before it, into the sums, and those of late products
+        into the buffers."""
         flow, buffers, sums = carry
-        units, rows = self.pipeline.units, self._rows(action.backward_chunk, place)
-        config, kind = self.pipeline.layout.config, step.backward
-        d_y = flow.d_x
-        if kind >= UnitKind.NORM:
-            d_y = d_y + _read(buffers.losses, action.loss_slot, kind - UnitKind.NORM)
-        is_used = (action.backward_micro_batch < self.used).astype(jnp.float32)
-        d_balance = config.loss.balance_weight * self.rows.shape[1] / self.sequences * is_used
-        weights = units.weights_at(self.weights, kind, rows)
-        probes = self.shapes(kind)[1] if step.mode == Mode.INPUT else {}
-        gradients = units.backward(
-            kind,
-            weights,
-            _read(self.biases, rows.block),
-            saved,
-            micro_batch,
-            (d_y, d_balance),
-            probes,
-        )
         products = dict(buffers.products)
-        for name in probes:
-            at = action.weight_slot, place
-            products[name] = _write(products[name], gradients.products[name], *at)
+        for name, found in gradients.products.items():
+            products[name] = _write(products[name], found, action.weight_slot, place)
         flow = flow._replace(d_x=gradients.x)
-        if kind >= UnitKind.MTP:
+        if step.backward >= UnitKind.MTP:
             flow = flow._replace(d_ahead=flow.d_ahead + gradients.ahead)
-        total = units.add_gradients(sums.gradients, gradients.weights, kind, rows)
-        return flow, buffers._replace(products=products), sums._replace(gradients=total)
+        rows = self._rows(action.backward_chunk, place)
+        sums = self._add_gradients(sums, gradients.weights, step.backward, rows)
+        return flow, buffers._replace(products=products), sums
+
+    def _add_gradients(self, sums: Sums, gradients: RankWeights, kind: int, rows: Rows) -> Sums:
+        units = self.pipeline.units
+        return sums._replace(gradients=units.add_gradients(sums.gradients, gradients, kind, rows))
 
     # Between ranks
 

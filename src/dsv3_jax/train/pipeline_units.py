@@ -2,9 +2,21 @@
 
 Backward works from what forward kept (parallel/tape.py), so that a micro-batch may wait between
 them. A unit's weights are a row of the rank's stacked weights (train/pipeline_weights.py).
+
+A unit has four parts, of which two transfer and two compute. Where one micro-batch's forward and
+another's backward meet, part after part is done of both, backward from its end:
+
+    forward     attend    dispatch   compute     combine
+    backward    combine'  compute'   dispatch'   attend'
+
+So each one's transfers are under the other's products: the order of DeepSeek's own profile
+(github.com/deepseek-ai/profile-data, train). XLA's scheduler finds what covers what within a part;
+a barrier between the parts keeps it from using up early what later transfers need. Weight gradients
+are outside of the barriers.
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +25,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.model.block import Block
 from dsv3_jax.model.rope import Rotary, rotary
 from dsv3_jax.parallel.pipeline.stages import UnitKind
 from dsv3_jax.parallel.tape import Inputs, Player, Recorder, Tape
@@ -27,6 +38,16 @@ GROUPS = {
     UnitKind.MOE: ("block", "moe"),
     UnitKind.MTP: ("block", "moe", "mtp"),
 }
+
+
+STACKS = {
+    UnitKind.DENSE: "dense_layers",
+    UnitKind.MOE: "moe_layers",
+    UnitKind.MTP: "mtp",
+}
+PARTS = 4
+Part = Callable[[RankWeights, Any], Any]
+"""From weights and what the part before gave to what the next one gets."""
 
 
 class Mode(enum.IntEnum):
@@ -58,6 +79,31 @@ class Rows(NamedTuple):
 
     block: Int[Array, ""]
     dense: Int[Array, ""]
+
+
+class Forward(NamedTuple):
+    """A unit to be run; `bias` is its router's selection bias."""
+
+    kind: int
+    weights: RankWeights
+    bias: Float[Array, " experts"]
+    x: Float[Array, "batch seq hidden"]
+    micro_batch: MicroBatch
+
+
+class Backward(NamedTuple):
+    """A unit whose gradients are wanted, all of them, but for the products in `probes` their dy in
+    place of the weight gradient."""
+
+    kind: int
+    weights: RankWeights
+    bias: Float[Array, " experts"]
+    saved: dict[str, Array]
+    """What its forward kept."""
+    micro_batch: MicroBatch
+    gradient: tuple[Float[Array, "batch seq hidden"], Float[Array, ""]]
+    """Of the output and of the balance loss."""
+    probes: dict[str, jax.ShapeDtypeStruct]
 
 
 class UnitGradients(NamedTuple):
@@ -123,33 +169,46 @@ class Units:
             for group, of_group in gradients.items()
         }
 
-    def apply(
-        self,
-        kind: int,
-        weights: RankWeights,
-        bias: Float[Array, " experts"],
-        x: Float[Array, "batch seq hidden"],
-        micro_batch: MicroBatch,
-        tape: Tape,
-    ) -> UnitOutput:
-        """The unit itself; `bias` is its router's selection bias."""
+    def parts(self, of: Forward | Backward, tape: Tape) -> tuple[Part, ...]:
+        """attend, dispatch, compute, combine: from (x, embeddings ahead) to a `UnitOutput`."""
+        kind, bias, documents = of.kind, of.bias, of.micro_batch.documents
         experts = self.layout.config.model.n_routed_experts
         nothing = jnp.zeros((), jnp.float32), jnp.zeros((experts,), jnp.float32)
         if kind == UnitKind.NORM:
-            module = self._module("norm", weights, bias)
-            return UnitOutput(module(x), *nothing)
-        documents = micro_batch.documents
-        if kind >= UnitKind.MTP:
-            depth, seq = kind - UnitKind.MTP + 1, x.shape[1]
-            arguments = (x, micro_batch.ahead[depth - 1], self.angles, documents, seq - depth, tape)
-            y, statistics = self._module("mtp", weights, bias)(*arguments)
-        else:
-            stack = "dense_layers" if kind == UnitKind.DENSE else "moe_layers"
-            block: Block = self._module(stack, weights, bias)
-            y, _, statistics = block(x, self.angles, documents, None, tape)
-        if statistics is None:
-            return UnitOutput(y, *nothing)
-        return UnitOutput(y, statistics.balance_loss, statistics.load)
+
+            def norm(weights, entering):
+                return UnitOutput(self._module("norm", weights, bias)(entering[0]), *nothing)
+
+            return norm, *[lambda weights, output: output] * 3
+        stack = STACKS[UnitKind(min(kind, UnitKind.MTP))]
+
+        def block_of(weights):
+            module = self._module(stack, weights, bias)
+            return module.block if kind >= UnitKind.MTP else module
+
+        def attend(weights, entering):
+            (x, ahead), valid = entering, None
+            if kind >= UnitKind.MTP:
+                depth = kind - UnitKind.MTP + 1
+                x = self._module(stack, weights, bias).join(x, ahead[depth - 1], tape)
+                valid = x.shape[1] - depth
+            state = block_of(weights).attend(x, self.angles, documents, valid, tape)
+            return state._replace(latent=None)
+
+        def combine(weights, state):
+            y, _, _, statistics, *_ = block_of(weights).combine(state)
+            if kind >= UnitKind.MTP:
+                y = self._module(stack, weights, bias).shared_head.norm(y)
+            if statistics is None:
+                return UnitOutput(y, *nothing)
+            return UnitOutput(y, statistics.balance_loss, statistics.load)
+
+        return (
+            attend,
+            lambda weights, state: block_of(weights).dispatch(state, tape),
+            lambda weights, state: block_of(weights).compute(state, tape),
+            combine,
+        )
 
     def _module(self, name: str, weights: RankWeights, bias: Array) -> Any:
         """The module `name` of the model, one layer of it, with these weights."""
@@ -159,57 +218,74 @@ class Units:
         of_router = jax.tree.map(lambda _: bias, biases[name]) if name in biases else nnx.State({})
         return nnx.merge(layout.graph_of(name), params, of_router)
 
-    def forward(
-        self,
-        kind: int,
-        weights: RankWeights,
-        bias: Float[Array, " experts"],
-        x: Float[Array, "batch seq hidden"],
-        micro_batch: MicroBatch,
-    ) -> tuple[UnitOutput, dict[str, Array], dict[str, Array]]:
-        """The output, what is kept, and the output of every product."""
+    def run(
+        self, forward: Forward | None, backward: Backward | None
+    ) -> tuple[tuple[UnitOutput, Recorder] | None, UnitGradients | None]:
+        """What there is to do, part by part: the output with what was recorded (the input is among
+        what is kept), and the gradients."""
+        state, gradient, parts, pulls = None, None, (), []
         tape = Recorder(self.kept)
-        output = self.apply(kind, weights, bias, x, micro_batch, tape)
-        return output, tape.saved | {INPUT: x}, tape.outputs
+        if forward is not None:
+            tape.saved[INPUT] = forward.x
+            parts, state = self.parts(forward, tape), (forward.x, forward.micro_batch.ahead)
+        if backward is not None:
+            pulls, gradient = self._pulls(backward), backward.gradient
+            gradient = UnitOutput(*gradient, jnp.zeros_like(backward.bias))
+        of_weights = []
+        for number in range(PARTS):
+            if forward is not None:
+                state = parts[number](forward.weights, state)
+            if backward is not None:
+                *found, gradient = pulls[PARTS - 1 - number](gradient)
+                of_weights.append(tuple(found))
+            if forward is not None and backward is not None and number < PARTS - 1:
+                state, gradient = _meet(state, gradient)
+        made = None if forward is None else (state, tape)
+        if backward is None:
+            return made, None
+        weights, products = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *of_weights)
+        return made, UnitGradients(weights, *gradient, products)
 
-    def backward(
-        self,
-        kind: int,
-        weights: RankWeights,
-        bias: Float[Array, " experts"],
-        saved: dict[str, Array],
-        micro_batch: MicroBatch,
-        gradient: tuple[Float[Array, "batch seq hidden"], Float[Array, ""]],
-        probes: dict[str, jax.ShapeDtypeStruct],
-    ) -> UnitGradients:
-        """Everything, but for the products in `probes` their dy in place of the weight gradient.
+    def _pulls(self, of: Backward) -> list[Callable]:
+        """For each part, from the gradient of what it gives to those of weights, probes and what it
+        gets."""
+        zeros = jax.tree.map(lambda probe: jnp.zeros(probe.shape, probe.dtype), of.probes)
+        state, pulls = (of.saved[INPUT], of.micro_batch.ahead), []
+        for number in range(PARTS):
 
-        `gradient` is that of the output and of the balance loss.
-        """
+            def part(weights, probes, state, number=number):
+                return self.parts(of, Player(of.saved, probes))[number](weights, state)
 
-        def unit(weights, x, ahead, probes):
-            tape = Player(saved, probes)
-            output = self.apply(kind, weights, bias, x, micro_batch._replace(ahead=ahead), tape)
-            return output.y, output.balance_loss
-
-        zeros = jax.tree.map(lambda probe: jnp.zeros(probe.shape, probe.dtype), probes)
-        _, vjp = jax.vjp(unit, weights, saved[INPUT], micro_batch.ahead, zeros)
-        return UnitGradients(*vjp(gradient))
+            state, pull = jax.vjp(part, of.weights, zeros, state)
+            pulls.append(pull)
+        return pulls
 
     def weight_backward(
         self,
-        kind: int,
-        weights: RankWeights,
-        bias: Float[Array, " experts"],
-        saved: dict[str, Array],
-        micro_batch: MicroBatch,
+        of: Backward,
         products: dict[str, Array],
     ) -> RankWeights:
         """The weight gradients of late products, from their dy."""
 
         def outputs(weights):
-            tape = Inputs(saved, frozenset(products))
-            self.apply(kind, weights, bias, saved[INPUT], micro_batch, tape)
+            tape = Inputs(of.saved, frozenset(products))
+            state = (of.saved[INPUT], of.micro_batch.ahead)
+            for part in self.parts(of, tape):
+                state = part(weights, state)
             return tape.outputs
 
-        return jax.vjp(outputs, weights)[1](products)[0]
+        return jax.vjp(outputs, of.weights)[1](products)[0]
+
+
+def _meet[S, G](state: S, gradient: G) -> tuple[S, G]:
+    """Both, when both are there; what belongs to parameters is not waited for."""
+    leaves, structure = jax.tree.flatten_with_path((state, gradient))
+    waits = [
+        not any(getattr(key, "name", "") == "parameters" for key in path)
+        and leaf.dtype != jax.dtypes.float0
+        for path, leaf in leaves
+    ]
+    values = [leaf for _, leaf in leaves]
+    met = iter(jax.lax.optimization_barrier([v for v, w in zip(values, waits, strict=True) if w]))
+    values = [next(met) if w else v for v, w in zip(values, waits, strict=True)]
+    return jax.tree.unflatten(structure, values)
