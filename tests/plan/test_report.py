@@ -6,8 +6,10 @@ import re
 import pytest
 
 from dsv3_jax.plan.hardware import find_gpu
+from dsv3_jax.plan.program import Loop
 from dsv3_jax.plan.report import (
     RESERVED_BYTES,
+    HeldBytes,
     MemoryUse,
     analyse,
     as_json,
@@ -60,12 +62,12 @@ def test_arguments_are_told_apart():
 
 
 def test_parts_add_up_to_the_peak():
-    parts = bytes_by_kind(memory(40), gradient_bytes=6 * GB)
-    assert parts["gradients"] == 6 * GB
-    assert parts["activations and buffers"] == 34 * GB
+    parts = bytes_by_kind(memory(40), HeldBytes(weights=3 * GB, gradients=6 * GB))
+    assert (parts["gathered weights"], parts["gradients"]) == (3 * GB, 6 * GB)
+    assert parts["activations and buffers"] == 31 * GB
     assert parts["other arguments"] == 200  # padding with them
     assert sum(parts.values()) == 53 * GB + 200 + 50 + 7
-    assert bytes_by_kind(memory(4), gradient_bytes=6 * GB)["gradients"] == 4 * GB
+    assert bytes_by_kind(memory(4), HeldBytes(gradients=6 * GB))["gradients"] == 4 * GB
 
 
 def test_json_has_the_keys_and_is_json():
@@ -99,6 +101,28 @@ def test_branches_can_be_a_rule_of_the_caller():
         analysis(branches="min")
 
 
+def test_pairs_are_told_apart():
+    """Of two all-to-alls in the loop one has a product beside it."""
+    without = analysis().report
+    assert (without.pair_hidden_fraction, without.pair_transfers) == (None, None)
+    assert "overlapped pairs" not in as_text(without)
+
+    def loop(program):
+        (body,) = (item.body for item in program.items if isinstance(item, Loop))
+        return frozenset([body.name])
+
+    report = analysis(pairs=loop).report
+    rows = [row for row in report.transfers if row.kind == "all-to-all"]
+    assert report.pair_transfers == len(rows) == 2
+    assert report.pair_transfers_without_compute == sum(r.covering_seconds == 0 for r in rows) == 1
+    waited = sum(row.predicted_exposed_seconds * row.times for row in rows)
+    total = sum(row.predicted_seconds * row.times for row in rows)
+    assert report.pair_hidden_fraction == pytest.approx(1 - waited / total)
+    assert "1 of 2 all-to-alls have no computation beside them" in as_text(report)
+    nothing = analysis(pairs=lambda program: frozenset()).report
+    assert (nothing.pair_hidden_fraction, nothing.pair_transfers) == (1.0, 0)
+
+
 def test_text_says_what_is_predicted():
     text = as_text(analysis(model_flops_per_gpu=4 * DOT).report)
     assert "16 x h800: compiled in 2.5 s, 3.00 GB of host memory" in text
@@ -123,7 +147,7 @@ def test_unknowns_are_said():
         (80, {}, "(parallel.pipe), a smaller micro-batch (train.batch_size), more recompute"),
         (
             80,
-            {"gradient_bytes": 60 * GB},
+            {"held": HeldBytes(gradients=60 * GB)},
             "(parallel.pipe), state sharded further (parallel.zero=3",
         ),
     ],

@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv3_jax.parallel.pipeline.arrays import NONE
 from dsv3_jax.parallel.pipeline.orders import Kind
-from dsv3_jax.plan.program import Choice
+from dsv3_jax.plan.program import Block, Choice, walk_blocks
 from dsv3_jax.train.pipeline_step import Pipeline
 
 
@@ -44,6 +44,22 @@ class PipelineRules:
         slowest = np.asarray(seconds)[steps].sum(axis=2).argmax(axis=1)
         chosen = steps[np.arange(len(steps)), slowest].reshape(-1)
         return [float(np.mean(chosen == branch)) for branch in range(len(seconds))]
+
+    def pairs(self, program: Block) -> frozenset[str]:
+        """The branches of overlapped pairs."""
+        steps = self.pipeline.steps()
+        choices = [
+            item
+            for block in walk_blocks(program)
+            for item in block.items
+            if isinstance(item, Choice) and len(item.branches) == len(steps)
+        ]
+        return frozenset(
+            branch.name
+            for choice in choices
+            for branch, step in zip(choice.branches, steps, strict=True)
+            if step.forward and step.backward
+        )
 
     def _crossing(self, seconds: tuple[float, ...]) -> list[float]:
         """Of a conditional on a micro-batch that enters or leaves: the branch that does something

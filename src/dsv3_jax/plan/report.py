@@ -4,6 +4,7 @@ Bytes and FLOPs are the compiler's, of one GPU; times are predicted by roofline.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,8 @@ class StepReport:
     usable_bytes_per_gpu: int
     fits: bool
     bytes_by_kind: dict[str, int]
-    """Adds up to the peak: weights, optimizer, other arguments, results, temporaries, code."""
+    """Adds up to the peak: stored weights and optimizer, what is held over the step of gathered
+    weights and of gradients, activations and buffers, other arguments, results, code."""
     compiled_flops_per_gpu: Number
     model_flops_per_gpu: Number | None
     hbm_bytes_per_gpu: Number
@@ -87,6 +89,12 @@ class StepReport:
     collectives: list[CollectiveSum]
     transfers: list[TransferRow]
     hidden_fraction: float
+    pair_hidden_fraction: float | None
+    """The same of the all-to-alls in a pipeline's overlapped pairs; None without a pipeline."""
+    pair_transfers: int | None
+    """All-to-alls in the programs of overlapped pairs."""
+    pair_transfers_without_compute: int | None
+    """Of these, those with no kernel between their start and their done."""
     predicted_step_seconds: float
     predicted_exposed_seconds: float
     compile_seconds: float
@@ -125,20 +133,31 @@ def kinds_of_arguments(arguments: dict[str, int]) -> dict[str, int]:
     return sums
 
 
-def bytes_by_kind(memory: MemoryUse, gradient_bytes: int = 0) -> dict[str, int]:
+@dataclass(frozen=True, kw_only=True)
+class HeldBytes:
+    """What a device holds all through a step beside its stored state, if the caller knows it."""
+
+    weights: int = 0
+    """Gathered, in the dtype that is computed in."""
+    gradients: int = 0
+
+
+def bytes_by_kind(memory: MemoryUse, held: HeldBytes) -> dict[str, int]:
     """The peak in parts, in the order to draw them.
 
-    `gradient_bytes` are told apart from the other temporaries if the caller knows them. What XLA
-    counts of the arguments beyond their sizes (padding) is with the other arguments.
+    `held` is told apart from the other temporaries. What XLA counts of the arguments beyond their
+    sizes (padding) is with the other arguments.
     """
     sums = kinds_of_arguments(memory.arguments)
     sums[OTHER] += memory.argument_bytes - sum(sums.values())
-    gradients = min(gradient_bytes, memory.temp_bytes)
+    weights = min(held.weights, memory.temp_bytes)
+    gradients = min(held.gradients, memory.temp_bytes - weights)
     return {
         WEIGHTS: sums[WEIGHTS],
         OPTIMIZER: sums[OPTIMIZER],
+        "gathered weights": weights,
         "gradients": gradients,
-        "activations and buffers": memory.temp_bytes - gradients,
+        "activations and buffers": memory.temp_bytes - weights - gradients,
         OTHER: sums[OTHER],
         "results": memory.new_output_bytes,
         "code": memory.code_bytes,
@@ -154,6 +173,11 @@ class Analysis:
     prediction: Prediction
 
 
+PairRule = Callable[[Block], frozenset[str]]
+"""The names of the blocks of a program in which one micro-batch's forward and another's backward
+stand together."""
+
+
 def analyse(
     hlo_text: str,
     memory: MemoryUse,
@@ -162,16 +186,18 @@ def analyse(
     compile_seconds: float,
     compile_host_bytes: int,
     model_flops_per_gpu: Number | None = None,
-    gradient_bytes: int = 0,
+    held: HeldBytes | None = None,
     branches: BranchRule | str = "max",
     timed_branches: BranchRule | None = None,
     trips: TripRule = run_once,
+    pairs: PairRule | None = None,
 ) -> Analysis:
     """Everything about one compiled program.
 
     `branches`: "max" takes the slowest branch of every conditional, "mean" all equally often, for
     time, FLOPs and bytes alike, a rule its own shares; `timed_branches` is another rule for time
-    alone. `trips` guesses how often loops run that end by their data.
+    alone. `trips` guesses how often loops run that end by their data. `pairs` tells the blocks of a
+    pipeline's overlapped pairs.
     """
     module = parse_module(hlo_text)
     program = read_program(module, gpu.gpus_per_node, trips)
@@ -180,9 +206,10 @@ def analyse(
         raise ValueError(f"branches is {branches!r}, expected one of {', '.join(BRANCH_RULES)}")
     prediction = predict(program, gpu, rule)
     timed = prediction if timed_branches is None else predict(program, gpu, timed_branches)
-    parts = bytes_by_kind(memory, gradient_bytes)
+    parts = bytes_by_kind(memory, held or HeldBytes())
     peak = sum(parts.values())
     step = prediction.step
+    in_pairs = None if pairs is None else _pair_transfers(step, pairs(program))
     report = StepReport(
         gpu=gpu.name,
         devices=module.partitions,
@@ -199,6 +226,11 @@ def analyse(
         collectives=_sums(step),
         transfers=_rows(step),
         hidden_fraction=step.hidden_fraction,
+        pair_hidden_fraction=None if in_pairs is None else _hidden_share(in_pairs),
+        pair_transfers=None if in_pairs is None else len(in_pairs),
+        pair_transfers_without_compute=None
+        if in_pairs is None
+        else sum(t.covering_seconds == 0 for t in in_pairs),
         predicted_step_seconds=timed.step.seconds,
         predicted_exposed_seconds=timed.step.exposed_seconds,
         compile_seconds=compile_seconds,
@@ -206,6 +238,22 @@ def analyse(
         assumptions=_assumptions(program, branches),
     )
     return Analysis(report, program, prediction)
+
+
+def _pair_transfers(step: Timing, blocks: frozenset[str]) -> list[Transfer]:
+    """Those that a step runs of the all-to-alls that stand in `blocks`."""
+    return [
+        t
+        for t in step.transfers
+        if t.block in blocks and t.times and t.collective.kind == "all-to-all"
+    ]
+
+
+def _hidden_share(transfers: list[Transfer]) -> float:
+    """1 if nothing is sent."""
+    total = sum(t.seconds * t.times for t in transfers)
+    exposed = sum(t.exposed_seconds * t.times for t in transfers)
+    return max(0.0, 1 - exposed / total) if total else 1.0
 
 
 _RULES: dict[str, BranchRule] = {"max": slowest_branch, "mean": mean_branch}
@@ -236,6 +284,7 @@ def as_text(report: StepReport) -> str:
         f"step             {seconds_text(r.predicted_step_seconds)} predicted, of which"
         f" {seconds_text(r.predicted_exposed_seconds)} wait for transfers",
         f"transfers        {r.hidden_fraction:.1%} of their predicted time is under computation",
+        *_pair_lines(r),
         "",
         f"  {'collective':22}{'a step':>8}{'NVLink':>11}{'network':>11}{'time':>11}{'exposed':>11}",
     ]
@@ -253,7 +302,7 @@ def what_would_help(report: StepReport) -> str:
     """Of a step that does not fit: by how much, and the settings that make it smaller."""
     over = report.peak_bytes_per_gpu - report.usable_bytes_per_gpu
     kinds = report.bytes_by_kind
-    state = kinds[WEIGHTS] + kinds[OPTIMIZER] + kinds["gradients"]
+    state = sum(kinds[k] for k in (WEIGHTS, OPTIMIZER, "gathered weights", "gradients"))
     advice = ["more stages (parallel.pipe)"]
     if state > report.peak_bytes_per_gpu / 2:
         advice += ["state sharded further (parallel.zero=3, parallel.data)"]
@@ -274,6 +323,16 @@ def _over_model(report: StepReport) -> str:
     if ratio is None:
         return ""
     return f", {ratio:.3f} x the model's {report.model_flops_per_gpu:.4g}"
+
+
+def _pair_lines(report: StepReport) -> list[str]:
+    if report.pair_hidden_fraction is None:
+        return []
+    return [
+        f"overlapped pairs {report.pair_hidden_fraction:.1%} of their all-to-alls' time;"
+        f" {report.pair_transfers_without_compute} of {report.pair_transfers} all-to-alls have no"
+        " computation beside them"
+    ]
 
 
 def _transfer_lines(report: StepReport) -> list[str]:

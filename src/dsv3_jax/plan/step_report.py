@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import RunConfig
 from dsv3_jax.model.accounting import count_flops
@@ -12,10 +13,10 @@ from dsv3_jax.plan.compile_ahead import CompiledStep, compile_ahead, topology_de
 from dsv3_jax.plan.hardware import Gpu
 from dsv3_jax.plan.pipeline_rules import PipelineRules
 from dsv3_jax.plan.program import TripRule
-from dsv3_jax.plan.report import Analysis, MemoryUse, analyse
+from dsv3_jax.plan.report import Analysis, HeldBytes, MemoryUse, analyse
 from dsv3_jax.plan.report_page import as_html
 from dsv3_jax.plan.roofline import BranchRule
-from dsv3_jax.train.layout import make_layout
+from dsv3_jax.train.layout import Layout, compute_params, make_layout
 from dsv3_jax.train.pipeline_step import make_pipeline
 
 LowerStep = Callable[[RunConfig, list[Any]], jax.stages.Lowered]
@@ -35,10 +36,11 @@ def compile_step(
     """
     check_hosts(config, gpu, hosts)
     devices = topology_devices(gpu, hosts)
-    trips, timed = balanced_trips(config.parts), None
+    trips, timed, pairs = balanced_trips(config.parts), None, None
+    layout = make_layout(config, devices)
     if config.parallel.pipe > 1:
-        rules = PipelineRules(make_pipeline(make_layout(config, devices)))
-        trips, timed = rules.trips, rules.slowest_rank
+        rules = PipelineRules(make_pipeline(layout))
+        trips, timed, pairs = rules.trips, rules.slowest_rank, rules.pairs
         branches = branches or rules.mean
     compiled = compile_ahead(lower(config, devices))
     memory = MemoryUse(
@@ -55,11 +57,39 @@ def compile_step(
         compile_seconds=compiled.compile_seconds,
         compile_host_bytes=compiled.host_peak_bytes,
         model_flops_per_gpu=model_flops_per_gpu(config, hosts * gpu.gpus_per_node),
+        held=held_bytes(layout),
         branches=branches or "max",
         timed_branches=timed,
         trips=trips,
+        pairs=pairs,
     )
     return compiled, analysis
+
+
+def held_bytes(layout: Layout) -> HeldBytes:
+    """Of a step on `layout`: the weights that it computes with, and their FP32 gradients."""
+
+    def gathered(params):
+        if layout.config.parallel.pipe == 1:
+            return layout.weights(params)
+        return make_pipeline(layout).weights.gather(
+            compute_params(params, layout.config.precision.recipe)
+        )
+
+    def on_a_device(function):
+        specs, abstract = layout.state_specs().params, layout.abstract.params
+        whole = PartitionSpec()  # so that a result's shape is that of a device
+        return jax.tree.leaves(jax.eval_shape(layout.on_mesh(function, (specs,), whole), abstract))
+
+    used = on_a_device(gathered)
+    made = used
+    if layout.config.parallel.pipe == 1:  # where what is stored may be computed with as it is
+        stored = on_a_device(lambda params: params)
+        made = [new for new, old in zip(used, stored, strict=True) if new != old]
+    return HeldBytes(
+        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in made),
+        gradients=sum(leaf.size * 4 for leaf in used),
+    )
 
 
 def check_hosts(config: RunConfig, gpu: Gpu, hosts: int) -> None:
