@@ -231,7 +231,7 @@ Span = tuple[Bool[Array, ""], Int[Array, ""]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _add_further(hop, tokens, y, zeros, operands, experts, span):
+def _add_further(hop, tokens, y, zeros, operands: Operands, experts, span: Span):
     """`y` and what the further rounds add. Its gradient goes on to `y`, and to the `zeros`."""
     del zeros
     has_begun, count = span
@@ -249,7 +249,7 @@ _add_further.defvjp(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _mark(hop, tokens, which, operands, experts, span):
+def _mark(hop, tokens, which, operands: Operands, experts, span: Span):
     """operands[which] for the first round, and the zero for `_add_further`.
 
     Rows and parameters each have a loop of their own in backward, so that the gradients of the
@@ -288,7 +288,7 @@ def _first_index(hop: Exchange, has_begun: Bool[Array, ""]) -> Int[Array, ""]:
     return (has_begun & (len(hop.hops) == 1)).astype(jnp.int32)
 
 
-def _further_round(hop, tokens, index, has_begun, operands, experts):
+def _further_round(hop, tokens, index, has_begun, operands: Operands, experts):
     """What round `index` adds, but for the first round of all hops if that has been."""
     rows, parameters = operands
     capacity = hop.capacity(experts.shape[0], tokens)
