@@ -2,7 +2,8 @@
 
 Source: DeepSeek-V3 Technical Report §3.2, §4.2: 16 pipeline ranks (DualPipe), experts over 8 nodes
 of 8 GPUs, ZeRO-1 data parallelism, no tensor parallelism.
-Hardware there: 2,048 H800, 14.8T tokens in 2.664M GPU hours.
+Hardware there: 2,048 H800, 14.8T tokens in 2.664M GPU hours, 19.9 s a step in FP8. Predicted by
+`dsv3 compile` for this file, in BF16: 79.9 GB a GPU, 49 s a step.
 """
 
 from dsv3_jax.config import (

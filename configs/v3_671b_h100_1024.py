@@ -3,7 +3,7 @@
 Source: as configs/v3_671b.py, of which this is the same model, batch and schedule; 16 pipeline
 ranks, experts over 8 nodes of 8 GPUs, one data-parallel copy, so that the optimizer's state takes
 twice the room on each GPU.
-Hardware: 128 nodes of 8 H100 with 80 GB. Expected: `dsv3 compile` predicts.
+Hardware: 128 nodes of 8 H100 with 80 GB. Predicted by `dsv3 compile`: 80.3 GB a GPU, 86 s a step.
 """
 
 from dsv3_jax.config import (

@@ -82,6 +82,16 @@ TINY = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "model"), [("v2_lite_16b", V2_16B), ("v3_671b", V3), ("v3_671b_h100_1024", V3)]
+)
+def test_configs_are_of_the_models_counted_here(name, model):
+    path = Path(__file__).parents[2] / "configs" / f"{name}.py"
+    found = runpy.run_path(str(path))["config"]().model
+    assert count_parameters(found) == count_parameters(model)
+    assert count_flops(found, 4096) == count_flops(model, 4096)
+
+
 def test_blocks_of_the_671b_model():
     """Facts §1.2."""
     assert attention_parameters(V3) == 187_107_328
