@@ -148,7 +148,12 @@ def test_unknowns_are_said():
         (
             80,
             {"held": HeldBytes(gradients=60 * GB)},
-            "(parallel.pipe), state sharded further (parallel.zero=3",
+            "(parallel.pipe), state sharded further (parallel.zero=3, parallel.data)",
+        ),
+        (
+            80,
+            {"held": HeldBytes(gradients=60 * GB), "pairs": lambda program: frozenset()},
+            "(parallel.pipe), state sharded further (parallel.data)",
         ),
     ],
 )

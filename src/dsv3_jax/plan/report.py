@@ -305,7 +305,9 @@ def what_would_help(report: StepReport) -> str:
     state = sum(kinds[k] for k in (WEIGHTS, OPTIMIZER, "gathered weights", "gradients"))
     advice = ["more stages (parallel.pipe)"]
     if state > report.peak_bytes_per_gpu / 2:
-        advice += ["state sharded further (parallel.zero=3, parallel.data)"]
+        has_pipeline = report.pair_hidden_fraction is not None  # which excludes zero=3
+        fields = "parallel.data" if has_pipeline else "parallel.zero=3, parallel.data"
+        advice += [f"state sharded further ({fields})"]
     else:
         advice += ["a smaller micro-batch (train.batch_size)", "more recompute (train.remat)"]
     return f"does not fit by {bytes_text(over)}; smaller with {', '.join(advice)}"
