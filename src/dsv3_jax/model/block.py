@@ -89,6 +89,7 @@ class Block(nnx.Module):
         """The output, the latents a cache would hold, and (MoE only) the load."""
         state = self.attend(x, rotary, documents, valid, tape)
         state = self.combine(self.compute(self.dispatch(state, tape), tape))
+        assert state.latent is not None  # attend made it
         return state.x, state.latent, state.statistics
 
     # The parts, between which a pipeline has another micro-batch's parts done. All transfers of a
@@ -132,6 +133,7 @@ class Block(nnx.Module):
     def combine(self, state: "BlockState") -> "BlockState":
         """The block's output `x`."""
         y = state.normed
+        assert y is not None  # compute made it
         if self.routed:
             y = self.mlp.combine(state.sent, y, state.parameters)
         return BlockState(state.x + y, None, state.latent, state.statistics)

@@ -156,9 +156,10 @@ class Exchange:
     def compute(self, sent, parameters, tape=AUTODIFF):
         experts, tokens = sent.routes[-1].experts, sent.experts.shape[0]
         x, weights = split_weights(sent.rows, experts)
-        return sent._replace(
-            rows=self.hops[-1].inner(x, experts, weights, parameters, tokens, tape)
-        )
+        experts_here = self.hops[-1].inner
+        assert not isinstance(experts_here, Exchange)  # the last hop's
+        done = experts_here(x, experts, weights, parameters, tokens, tape)
+        return sent._replace(rows=done)
 
     def combine(self, sent, parameters):
         done, tokens = sent.rows, sent.experts.shape[0]

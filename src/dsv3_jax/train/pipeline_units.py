@@ -223,15 +223,16 @@ class Units:
     ) -> tuple[tuple[UnitOutput, Recorder] | None, UnitGradients | None]:
         """What there is to do, part by part: the output with what was recorded (the input is among
         what is kept), and the gradients."""
-        state, gradient, parts, pulls = None, None, (), []
+        state: Any = None
+        gradient: Any = None
+        parts, pulls, of_weights = (), [], []
         tape = Recorder(self.kept)
         if forward is not None:
             tape.saved[INPUT] = forward.x
             parts, state = self.parts(forward, tape), (forward.x, forward.micro_batch.ahead)
         if backward is not None:
-            pulls, gradient = self._pulls(backward), backward.gradient
-            gradient = UnitOutput(*gradient, jnp.zeros_like(backward.bias))
-        of_weights = []
+            pulls = self._pulls(backward)
+            gradient = UnitOutput(*backward.gradient, jnp.zeros_like(backward.bias))
         for number in range(PARTS):
             if forward is not None:
                 state = parts[number](forward.weights, state)
@@ -244,7 +245,8 @@ class Units:
         if backward is None:
             return made, None
         weights, products = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *of_weights)
-        return made, UnitGradients(weights, *gradient, products)
+        d_x, d_ahead = gradient
+        return made, UnitGradients(weights, d_x, d_ahead, products)
 
     def _pulls(self, of: Backward) -> list[Callable]:
         """For each part, from the gradient of what it gives to those of weights, probes and what it
