@@ -23,8 +23,8 @@ GPU_COMPILER_OPTIONS: dict[str, Any] = {
     # Two transfers at a time, one over the network and one over NVLink: of an overlapped pair of
     # 671B layers 87 % of the transfers' time is under products, with one at a time 57 %.
     "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
-    # The scheduler counts a pipeline's buffers, which pass through loops and conditionals in place,
-    # several times over. Beyond its limit (this percentage of the card) it overlaps nothing.
+    # Beyond its memory limit (this percentage of the card) the scheduler overlaps nothing, and it
+    # takes a pipeline for beyond it that fits: its buffers pass through loops in place.
     "xla_gpu_memory_limit_slop_factor": 2000,
     # None of XLA's own kernels for small collectives, NCCL for all: of an integer maximum over 8
     # nodes of 8 GPUs its Triton kernel (jaxlib 0.12.0.1) ends the process in an LLVM error.
