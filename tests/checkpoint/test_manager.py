@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,6 +319,17 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
         assert lines[i + 1] == "left: ['1'] [1]"
     assert lines[6:] == ["left: ['2'] [2]", "threads: 1"]
     assert run.stderr == ""
+
+
+def test_only_writes_that_never_began_are_silenced(tmp_path):
+    lost = "async_serialize_from_host.<locals>.write_fragment"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with CheckpointManager(tmp_path, keep=1):
+            pass
+        for name in (lost, "of_the_caller"):
+            warnings.warn(f"coroutine '{name}' was never awaited", RuntimeWarning, stacklevel=1)
+    assert [str(w.message) for w in seen] == ["coroutine 'of_the_caller' was never awaited"]
 
 
 def test_only_lost_writes_are_silenced(tmp_path, caplog, monkeypatch):

@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 _STATE, _METADATA = "state", "metadata"
 _TMP_SUFFIX = ocp.utils.TMP_DIR_SUFFIX
 _DELETING_SUFFIX = ".deleting"
+_UNWRITTEN = r"coroutine 'async_serialize_from_host\b.*' was never awaited"
+"""What Python says at exit of writes that were still to come when one failed."""
 _NO_STEP, _ONLY_DAMAGED = -1, -2  # what a search for the newest step can end in instead
 
 
@@ -93,6 +96,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             logging.getLogger(name).addFilter(_is_not_orbax_traceback)
         if not isinstance(sys.unraisablehook, _WithoutLostWrites):
             sys.unraisablehook = _WithoutLostWrites(sys.unraisablehook)
+        warnings.filterwarnings("ignore", message=_UNWRITTEN, category=RuntimeWarning)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
