@@ -335,6 +335,44 @@ def test_rows_fit_the_model(assert_refused):
     )
 
 
+NARROW = (  # every width of the model but that of the experts below a tile
+    *("model.hidden_size=64", "model.q_lora_rank=64", "model.kv_lora_rank=64"),
+    *("model.num_attention_heads=2", "model.v_head_dim=32", "model.intermediate_size=64"),
+    *("model.moe_intermediate_size=128", "precision.recipe=fp8"),
+)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "name", "value", "rule"),
+    [
+        ("model.hidden_size=192", "model.hidden_size", 192, "a multiple of 128, or less"),
+        ("model.q_lora_rank=200", "model.q_lora_rank", 200, "a multiple of 128, or less"),
+        ("model.kv_lora_rank=129", "model.kv_lora_rank", 129, "a multiple of 128, or less"),
+        ("model.intermediate_size=10944", "model.intermediate_size", 10944, "a multiple of 128"),
+        (
+            "model.num_attention_heads=5",
+            "model.num_attention_heads x v_head_dim",
+            160,
+            "a multiple of 128, or less",
+        ),
+        ("model.moe_intermediate_size=64", "model.moe_intermediate_size", 64, "blocks of 128"),
+        ("precision.combine=logfmt10", "model.hidden_size", 64, "where precision.combine is"),
+    ],
+)
+def test_fp8_cuts_no_tile(assert_refused, assignment, name, value, rule):
+    assert changed(*NARROW).precision.dispatch_format == "fp8"
+    assert_refused(lambda: changed(*NARROW, assignment), name, value, rule)
+    if not assignment.startswith("precision"):
+        assert changed(*NARROW, assignment, "precision.recipe=bf16").precision.recipe == "bf16"
+
+
+def test_fp8_dispatch_alone_needs_whole_rows(assert_refused):
+    alone = "precision.dispatch=fp8"
+    refused = ("model.hidden_size=192", alone)
+    assert_refused(lambda: changed(*refused), "model.hidden_size", 192, "a multiple of 128")
+    assert changed("model.moe_intermediate_size=64", alone).precision.dispatch_format == "fp8"
+
+
 # Config files
 
 

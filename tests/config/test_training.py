@@ -61,9 +61,10 @@ REFUSED = [
         for name in ("mtp_weight", "balance_weight", "bias_update_rate")
         for v in (-0.1, math.nan, math.inf)
     ],
-    (PrecisionConfig, "precision.recipe", "fp16", "one of fp32, bf16"),
-    (PrecisionConfig, "precision.dispatch", "fp8", "one of bf16"),
-    (PrecisionConfig, "precision.combine", "logfmt8", "one of bf16"),
+    (PrecisionConfig, "precision.recipe", "fp16", "one of fp32, bf16, fp8"),
+    (PrecisionConfig, "precision.dispatch", "fp4", "one of bf16, fp8"),
+    (PrecisionConfig, "precision.combine", "logfmt9", "one of bf16, logfmt10, logfmt8"),
+    (PrecisionConfig, "precision.rules", "block_gradients", "published where precision.recipe"),
 ]
 
 

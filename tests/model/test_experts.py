@@ -119,7 +119,8 @@ def test_products_are_those_of_the_chosen_pairs():
     """Forward and backward of 2,048 tokens, 4 of 16 experts each: all experts would cost 4 times.
 
     With the load even, 1.14 times the products of the pairs themselves; at the worst, with every
-    token on the same 4 experts, 2.06 times (blocks compute their inner layer again in backward).
+    token on the same 4 experts, 2.14 times (blocks compute their inner layer again in backward, and
+    before XLA drops it their output too, 0.08 of this).
     """
     tokens, top_k, experts = 2048, 4, 16
     module = nnx.eval_shape(
@@ -142,6 +143,6 @@ def test_products_are_those_of_the_chosen_pairs():
     assert trips_of(even, experts) == 0
     assert 1.0 <= dot_flops(traced, trips_of(even, experts)) / pairs <= 1.15
     worst = np.tile(np.arange(top_k), (tokens, 1))
-    assert 1.5 <= dot_flops(traced, trips_of(worst, experts)) / pairs <= 2.1
+    assert 1.5 <= dot_flops(traced, trips_of(worst, experts)) / pairs <= 2.2
     plan = plan_dispatch(jnp.asarray(worst, jnp.int32), experts, choose_capacity(2048, 4, 16, 2048))
     assert int(plan.block_end[-1]) == trips_of(worst, experts) == 48

@@ -33,6 +33,26 @@ def test_a_cublas_call_in_fp8_without_its_workspace():
     assert cost == Cost(fp8_flops=DOT, hbm_bytes=HALF / 2 + WEIGHT / 2 + 4 + 4 + ROWS)
 
 
+def test_kernels_of_ours():
+    """A product in FP8 has two FP8 operands, [2, 256, 384] and [2, 640, 384]; quantising none."""
+    call = 'custom_call_target="mosaic_gpu_v2"'
+    program = one(f"""  %a = f8e4m3fn[2,256,384] parameter(0)
+  %b = f8e4m3fn[2,640,384] parameter(1)
+  %a_scale = f32[2,3,256] parameter(2)
+  %b_scale = f32[2,3,5] parameter(3)
+  %x = bf16[256,384] parameter(4)
+  %y = bf16[2,256,640] custom-call(%a, %a_scale, %b, %b_scale), {call}
+  ROOT %q = (f8e4m3fn[256,384], f32[3,256]) custom-call(%x), {call}""")
+    cost, unknown = cost_of(program, "main", "y")
+    operands = 2 * 256 * 384 + 2 * 640 * 384 + 4 * (2 * 3 * 256 + 2 * 3 * 5)
+    assert unknown == ()
+    flops = 2.0 * 2 * 256 * 640 * 384
+    assert cost == Cost(fp8_flops=flops, hbm_bytes=operands + 2 * (2 * 256 * 640))
+    cost, unknown = cost_of(program, "main", "q")
+    assert unknown == ()
+    assert cost == Cost(hbm_bytes=2 * 256 * 384 + 256 * 384 + 4 * 3 * 256)
+
+
 @pytest.mark.parametrize("name", ["state", "x", "branch", "all-to-all-done", "one"])
 def test_bookkeeping_is_free(name):
     assert cost_of(LAYERS, "body", name)[0] == Cost()
@@ -77,6 +97,6 @@ def test_slices_count_as_slices():
 def test_an_unknown_call_is_named():
     text = one(
         "  %a = f32[8]{0} parameter(0)\n"
-        '  ROOT %call = f32[8]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2"'
+        '  ROOT %call = f32[8]{0} custom-call(%a), custom_call_target="someones_kernel"'
     )
-    assert cost_of(text, "main", "call") == (Cost(hbm_bytes=64), ("mosaic_gpu_v2",))
+    assert cost_of(text, "main", "call") == (Cost(hbm_bytes=64), ("someones_kernel",))

@@ -13,15 +13,20 @@ os.environ["XLA_FLAGS"] = (  # and quick to compile
     " --xla_llvm_disable_expensive_passes=true"
 )
 
+import dataclasses
 import functools
 import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import OptimizerConfig, ParallelConfig, RunConfig
 from dsv3_jax.config.training import DataConfig, LossConfig, PrecisionConfig, TrainConfig
+from dsv3_jax.quant.recipe import Recipe, make_recipe
+from dsv3_jax.train import layout as layout_module
+from dsv3_jax.train import state as state_module
 from dsv3_jax.train.layout import Layout
 from dsv3_jax.train.state import TrainState
 from dsv3_jax.train.step import make_train_step
@@ -29,9 +34,17 @@ from tests import oracle
 from tests.oracle.cases import V2_CHANGES, tiny_config
 from tests.train.models import hub_tensors, model_config, relative_error, settings, state_of
 
+
+def fp32_activations(*arguments: str) -> Recipe:
+    """A recipe without BF16: its rounding would tip values into the next of FP8, and hide all else
+    behind that."""
+    return dataclasses.replace(make_recipe(*arguments), dtype=jnp.float32)
+
+
 SEQ, BATCH = 24, 16
 BASE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 8, "num_experts_per_tok": 3}
-NOT_PARALLEL = ("one_expert", "accumulation", "documents", "model", "used_parts", "recipe")
+PRECISION = ("recipe", "dispatch", "combine")
+NOT_PARALLEL = ("one_expert", "accumulation", "documents", "model", "used_parts", *PRECISION)
 """What the run on one device does too; how much is computed again is not part of it."""
 CASES: dict[str, dict[str, Any]] = {
     "gpu 2": {"gpu": 2},
@@ -84,6 +97,8 @@ V2_ROUTER = {  # no selection bias
     **{key: V2_CHANGES[key] for key in ("q_lora_rank", "scoring_func", "topk_method")},
     **{key: V2_CHANGES[key] for key in ("n_shared_experts", "norm_topk_prob")},
 }
+WIDE = {"hidden_size": 128, "moe_intermediate_size": 128}  # whole tiles
+FP8: dict[str, Any] = {"recipe": "fp8", "one_expert": True}
 PARTS: dict[str, Any] = {"accumulation": 8}  # on one device; a pipeline has its micro-batches
 CASES |= {
     "1f1b, pipe 2": pipeline("1f1b", 2, model=DEEP),
@@ -125,6 +140,23 @@ CASES |= {
     ),
     # Rounding tips no choice of experts here.
     "dualpipe, bf16": pipeline("dualpipe", 2, gpu=2, one_expert=True, recipe="bf16", **PARTS),
+    "fp8 wire, two hops": {"node": 2, "gpu": 2, "dispatch": "fp8", "capacity_factor": 0.5},
+    "fp8 wire, dualpipe": pipeline("dualpipe", 2, 4, gpu=2, dispatch="fp8"),
+    "logfmt10, two hops": {"node": 2, "gpu": 2, "combine": "logfmt10", "model": WIDE},
+    # Micro-batches and so tiles are the same as on one device.
+    "fp8, dualpipe": pipeline("dualpipe", 2, model=WIDE, **FP8, **PARTS),
+    "fp8, zb1p, remat full": pipeline("zb1p", 4, remat="full", model=WIDE, **FP8, **PARTS),
+    "fp8, dualpipe, two hops": pipeline(
+        "dualpipe", 2, 4, node=2, gpu=2, model=WIDE, **FP8, accumulation=4
+    ),
+    "fp8, data 2, node 2, gpu 2": {
+        "data": 2,
+        "node": 2,
+        "gpu": 2,
+        "capacity_factor": 0.3,
+        "model": WIDE,
+        **FP8,
+    },
 }
 
 
@@ -134,7 +166,10 @@ def run_config(changes: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
     one_expert = changes.pop("one_expert", False)
     accumulation, documents = changes.pop("accumulation", 1), changes.pop("documents", False)
     remat, model = changes.pop("remat", "none"), changes.pop("model", {})
-    recipe = changes.pop("recipe", "fp32")
+    if changes.get("recipe") == "fp8":
+        for module in (layout_module, state_module):
+            module.make_recipe = fp32_activations  # for all of this process
+    precision = {name: changes.pop(name) for name in PRECISION if name in changes}
     changes.pop("used_parts", None)
     if "pipe" in changes:
         accumulation = 1
@@ -146,7 +181,7 @@ def run_config(changes: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
         optimizer=OptimizerConfig(beta1=0.0, clip_norm=1e9, schedule="constant"),
         loss=LossConfig(balance_weight=0.01),
         parallel=ParallelConfig(**changes),
-        precision=PrecisionConfig(recipe=recipe),
+        precision=PrecisionConfig(**precision),
     )
     return config, fields
 

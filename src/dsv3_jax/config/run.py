@@ -19,6 +19,9 @@ from dsv3_jax.config.training import (
     TrainConfig,
 )
 
+TILE = 128
+"""Channels that share a scale in FP8 and in LogFMT."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -53,6 +56,34 @@ class RunConfig:
             f"a divisor of model.n_routed_experts = {self.model.n_routed_experts}",
         )
         self._check_parts()
+        self._check_tiles()
+
+    def _check_tiles(self) -> None:
+        """Checks that no tile of 128 channels, which has one scale, is cut."""
+        model, precision = self.model, self.precision
+        is_fp8 = precision.recipe == "fp8"
+        widths = {"model.hidden_size": model.hidden_size}
+        if is_fp8:
+            values = model.num_attention_heads * model.v_head_dim
+            widths |= {
+                "model.q_lora_rank": model.q_lora_rank or 0,
+                "model.kv_lora_rank": model.kv_lora_rank,
+                "model.num_attention_heads x v_head_dim": values,
+            }
+            if model.num_dense_layers:
+                widths["model.intermediate_size"] = model.intermediate_size
+        if is_fp8 or precision.dispatch_format == "fp8":
+            rule = f"a multiple of {TILE}, or less: FP8 has one scale for {TILE} channels"
+            for name, width in widths.items():
+                require(width < TILE or width % TILE == 0, name, width, rule)
+        if is_fp8 and model.has_experts:
+            width = model.moe_intermediate_size
+            rule = f"a multiple of {TILE}: with FP8 gate and up share blocks of {TILE} rows"
+            require(width % TILE == 0, "model.moe_intermediate_size", width, rule)
+        if precision.combine != "bf16":
+            rule = f"a multiple of {TILE} where precision.combine is {precision.combine}"
+            width = model.hidden_size
+            require(width % TILE == 0, "model.hidden_size", width, rule)
 
     def _check_parts(self) -> None:
         """Checks that batch and layers divide as the mesh needs."""

@@ -217,14 +217,34 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """What the step computes in: `fp32`, or `bf16` with FP32 master weights, router and norms."""
+    """What the step computes in, and what travels between the experts' devices.
+
+    `recipe` is `fp32`, `bf16`, or `fp8`, the published one: products in E4M3 with a scale for each
+    1x128 or 128x128, FP32 sums, the rest in BF16; master weights, router, norms and embedding are
+    FP32 in all. `dispatch` sends rows to the experts, and gradients in combine's backward, as `fp8`
+    or as they are, `bf16`; None is what the recipe publishes. `combine` sends sums back, as they
+    are or as `logfmt10` or `logfmt8`. One device rounds as the wire would. `rules` other than
+    `published` are what the papers argue against (quant/recipe.py).
+    """
 
     recipe: str = "fp32"
-    dispatch: str = "bf16"
+    dispatch: str | None = None
     combine: str = "bf16"
+    rules: str = "published"
 
     def __post_init__(self):
         require_types("precision", self)
-        require_one_of("precision.recipe", self.recipe, "fp32", "bf16")
-        require_one_of("precision.dispatch", self.dispatch, "bf16")
-        require_one_of("precision.combine", self.combine, "bf16")
+        require_one_of("precision.recipe", self.recipe, "fp32", "bf16", "fp8")
+        if self.dispatch is not None:
+            require_one_of("precision.dispatch", self.dispatch, "bf16", "fp8")
+        require_one_of("precision.combine", self.combine, "bf16", "logfmt10", "logfmt8")
+        rules = "published", "per_tensor_scales", "block_gradients", "e5m2_gradients"
+        require_one_of("precision.rules", self.rules, *rules)
+        rule = "published where precision.recipe is not fp8"
+        published = self.rules == "published" or self.recipe == "fp8"
+        require(published, "precision.rules", self.rules, rule)
+
+    @property
+    def dispatch_format(self) -> str:
+        """`dispatch`, or what the recipe has for it."""
+        return self.dispatch or ("fp8" if self.recipe == "fp8" else "bf16")

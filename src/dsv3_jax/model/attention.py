@@ -20,10 +20,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.linear import Linear
+from dsv3_jax.model.linear import Linear, product_of
 from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
 from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
+from dsv3_jax.quant.recipe import Recipe
 
 QUERY_CHUNK = 64
 """Fewest queries of one chunk of `causal_attention`."""
@@ -79,21 +80,27 @@ class MultiHeadLatentAttention(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         recompute: Callable[[Callable], Callable],
+        recipe: Recipe,
     ):
         heads, std = config.num_attention_heads, config.initializer_range
-        shape = {"std": std, "dtype": dtype, "rngs": rngs}
+
+        def linear(name: str, in_dim: int, out_dim: int) -> Linear:
+            product = product_of(recipe, name)
+            return Linear(in_dim, out_dim, std=std, dtype=dtype, rngs=rngs, product=product)
+
         if config.q_lora_rank is None:
-            self.q_proj = Linear(config.hidden_size, heads * config.qk_head_dim, **shape)
+            self.q_proj = linear("q_proj", config.hidden_size, heads * config.qk_head_dim)
         else:
-            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank, **shape)
+            self.q_a_proj = linear("q_a_proj", config.hidden_size, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=LATENT_NORM_EPS, dtype=dtype)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, **shape)
+            self.q_b_proj = linear("q_proj", config.q_lora_rank, heads * config.qk_head_dim)
         latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, latent_dim, **shape)
+        self.kv_a_proj_with_mqa = linear("kv_a_proj_with_mqa", config.hidden_size, latent_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=LATENT_NORM_EPS, dtype=dtype)
         up_dim = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_b_proj = Linear(config.kv_lora_rank, up_dim, **shape)
-        self.o_proj = Linear(heads * config.v_head_dim, config.hidden_size, **shape)
+        self.kv_b_proj = linear("kv_b_proj", config.kv_lora_rank, up_dim)
+        self.o_proj = linear("o_proj", heads * config.v_head_dim, config.hidden_size)
+        self.output_codec = recipe.codec("attention_output")
         self.config = config
         self.scale = softmax_scale(config)
         self.recompute = recompute
@@ -109,7 +116,7 @@ class MultiHeadLatentAttention(nnx.Module):
         latent = self.compress(x, rotary, tape)
         attend = self.recompute(partial(self._attend_expanded, tape=tape))
         attended = attend(self._query_input(x, tape), latent, rotary, documents)
-        attended = tape.keep("attention_output", attended)
+        attended = tape.keep("attention_output", attended, self.output_codec)
         return self.o_proj(attended, tape, "o_proj"), latent
 
     def compress(

@@ -18,6 +18,7 @@ from dsv3_jax.model.rope import Rotary
 from dsv3_jax.model.router import LoadStatistics, Routing
 from dsv3_jax.parallel.dispatch import Dispatcher, Sent
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
+from dsv3_jax.quant.recipe import Recipe
 
 
 class Recompute(NamedTuple):
@@ -56,15 +57,16 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         recompute: Recompute,
         dispatcher: Dispatcher | None,
+        recipe: Recipe,
     ):
         norm = {"eps": config.rms_norm_eps, "dtype": dtype}
         self.input_layernorm = RMSNorm(config.hidden_size, **norm)
         self.self_attn = MultiHeadLatentAttention(
-            config, dtype=dtype, rngs=rngs, recompute=recompute.up_projection
+            config, dtype=dtype, rngs=rngs, recompute=recompute.up_projection, recipe=recipe
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, **norm)
         if routed:
-            self.mlp = MoE(config, dtype=dtype, rngs=rngs, dispatcher=dispatcher)
+            self.mlp = MoE(config, dtype=dtype, rngs=rngs, dispatcher=dispatcher, recipe=recipe)
         else:
             self.mlp = MLP(
                 config.hidden_size,
@@ -72,6 +74,7 @@ class Block(nnx.Module):
                 std=config.initializer_range,
                 dtype=dtype,
                 rngs=rngs,
+                recipe=recipe,
             )
         self.routed = routed
         self.recompute_norm = recompute.norm

@@ -8,7 +8,7 @@ Backward keeps the input of SwiGLU and gathers and computes the rest again.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig, ParallelConfig
-from dsv3_jax.model.linear import normal
+from dsv3_jax.model.linear import normal, product_of
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.dispatch import (
     Dispatcher,
@@ -33,7 +33,11 @@ from dsv3_jax.parallel.dispatch_plan import (
     overflow_pairs,
     plan_dispatch,
 )
-from dsv3_jax.parallel.tape import AUTODIFF, Tape
+from dsv3_jax.parallel.tape import AUTODIFF, Product, Tape
+from dsv3_jax.parallel.wire import AS_IS, PACKINGS, UNCHANGED, Wire, pass_through
+from dsv3_jax.quant.formats import PLAIN, Codec
+from dsv3_jax.quant.recipe import IN_FP32, Recipe
+from dsv3_jax.quant.scaled_array import ScaledArray, joined, trained, untrained
 
 
 class Experts(nnx.Module):
@@ -63,8 +67,8 @@ class Experts(nnx.Module):
         self, x: Float[Array, "tokens hidden"], routing: Routing, tape: Tape = AUTODIFF
     ) -> Float[Array, "tokens hidden"]:
         """sum_k weight_k * expert_k(x) for every token."""
-        sent, parameters = self.dispatch(x, routing.experts, routing.weights, tape)
-        return self.dispatcher.combine(self.dispatcher.compute(sent, parameters, tape), parameters)
+        sent, of_trained = self.dispatch(x, routing.experts, routing.weights, tape)
+        return self.combine(self.compute(sent, of_trained, tape), of_trained)
 
     def dispatch(
         self,
@@ -73,22 +77,80 @@ class Experts(nnx.Module):
         weights: Float[Array, "tokens top_k"],
         tape: Tape = AUTODIFF,
     ) -> tuple[Sent, Any]:
-        """The first of the dispatcher's three parts."""
-        gate_up = self.gate_up_proj[...].reshape(self.gate_up_proj.shape[0], -1, x.shape[-1])
-        parameters = (gate_up, self.down_proj[...])
-        return self.dispatcher.dispatch(x, experts, weights.astype(x.dtype), parameters, tape)
+        """The first of the dispatcher's three parts; with what is trained of the parameters."""
+        parts = x, experts, weights.astype(x.dtype), self._parameters()
+        sent, parameters = self.dispatcher.dispatch(*parts, tape)
+        return sent, trained(parameters)
+
+    def compute(self, sent: Sent, of_trained: Any, tape: Tape) -> Sent:
+        """The second."""
+        parameters = joined(untrained(self._parameters()), of_trained)
+        return self.dispatcher.compute(sent, parameters, tape)
+
+    def combine(self, sent: Sent, of_trained: Any) -> Float[Array, "tokens hidden"]:
+        """The third."""
+        parameters = joined(untrained(self._parameters()), of_trained)
+        return self.dispatcher.combine(sent, parameters)
+
+    def _parameters(self) -> "ExpertParameters":
+        gate_up = jax.tree.map(
+            lambda part: part.reshape(part.shape[0], -1, part.shape[-1]), self.gate_up_proj[...]
+        )
+        return ExpertParameters(gate_up, self.down_proj[...])
+
+
+class ExpertParameters(NamedTuple):
+    """All experts' weights, arrays or in FP8."""
+
+    gate_up: Float[Array, "experts double_width hidden"] | ScaledArray
+    down: Float[Array, "experts hidden width"] | ScaledArray
+
+
+@dataclass(frozen=True)
+class ExpertProducts:
+    """An expert's two products, of single matrices or stacked ones, and how its rows and the input
+    of SwiGLU wait for backward."""
+
+    gate_up: Product
+    down: Product
+    rows_codec: Codec = PLAIN
+    up_codec: Codec = PLAIN
+
+
+def expert_products(recipe: Recipe) -> ExpertProducts:
+    """Those of `recipe`."""
+    return ExpertProducts(
+        product_of(recipe, "gate_up_proj", _either),
+        product_of(recipe, "down_proj", _either),
+        recipe.codec("expert_rows"),
+        recipe.codec("expert_up"),
+    )
+
+
+def _either(x: Array, weight: Any) -> Array:
+    return x @ weight.T if weight.ndim == 2 else jnp.einsum("eci,eoi->eco", x, weight)
+
+
+IN_FP32_PRODUCTS = expert_products(IN_FP32)
 
 
 @dataclass(frozen=True)
 class LocalDispatcher:
     """Computes with the experts that are here; a pair with a negative expert counts as nothing.
 
-    A `Dispatcher` that sends nothing, and the `ExpertFunction` of one that does.
+    A `Dispatcher` that sends nothing, though it rounds as `wire` does, and the `ExpertFunction` of
+    one that does.
     """
+
+    products: ExpertProducts = IN_FP32_PRODUCTS
+    wire: Wire = UNCHANGED
 
     def dispatch(self, x, experts, weights, parameters, tape=AUTODIFF):
         del tape
-        return Sent(join_weights(x, weights), experts), parameters
+        rows = join_weights(x, weights)
+        extra = weights.shape[-1]
+        rows = pass_through(self.wire.dispatch, self.wire.combine, extra, rows)
+        return Sent(rows, experts), parameters
 
     def compute(self, sent, parameters, tape=AUTODIFF):
         x, weights = split_weights(sent.rows, sent.experts)
@@ -97,30 +159,37 @@ class LocalDispatcher:
 
     def combine(self, sent, parameters):
         del parameters
-        return sent.rows
+        return pass_through(self.wire.combine, self.wire.dispatch, 0, sent.rows)
 
     def __call__(self, x, experts, weights, parameters, tokens, tape=AUTODIFF, is_further=False):
-        gate_up, down = parameters
-        num_experts, top_k = down.shape[0], weights.shape[1]
+        num_experts, top_k = parameters.down.shape[0], weights.shape[1]
         if weights.size < num_experts:
             weights = jnp.where(experts < 0, 0, weights)
-            return _expert_by_expert(x, experts, weights, gate_up, down)
+            return _expert_by_expert(self.products, x, experts, weights, parameters)
         # In a further round nothing but overflow blocks, which compute what is there and no more.
         capacity = choose_capacity(tokens, top_k, num_experts, x.shape[0]) * (not is_further)
         plan = plan_dispatch(experts, num_experts, capacity)
-        operands, out = (x, weights, gate_up, down), jnp.zeros_like(x)
+        fixed, operands = untrained(parameters), (x, weights, trained(parameters))
+        out = jnp.zeros_like(x)
         if capacity < x.shape[0]:
-            out, operands = _overflow(capacity, operands, plan)
+            out, operands = _overflow(self.products, capacity, operands, fixed, plan)
         if capacity:
-            slots = tape.recomputed(partial(_slots, tape), but=("expert_up",))
-            out += slots(*operands, plan)
+            x, weights, of_trained = operands
+            slots = tape.recomputed(partial(_slots, self.products, tape), but=("expert_up",))
+            out += slots(x, weights, joined(fixed, of_trained), plan)
         return out
 
 
-def make_dispatcher(model: ModelConfig, parallel: ParallelConfig) -> Dispatcher:
+def make_dispatcher(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    recipe: Recipe = IN_FP32,
+    wire: Wire = UNCHANGED,
+) -> Dispatcher:
     """How tokens come to the experts of a mesh: not at all, in one exchange, or in two hops."""
     node, gpu = parallel.node, parallel.gpu
-    local, here = LocalDispatcher(), model.n_routed_experts // (node * gpu)
+    products = expert_products(recipe)
+    local, here = LocalDispatcher(products, wire), model.n_routed_experts // (node * gpu)
     # Distinct nodes of a token, and of those experts that are on one node, distinct GPUs, for
     # uniform choices (the restricted one: DeepSeek-V3, 8 of 256 in 4 of 8 groups, 3.6 nodes).
     top_k, grouped = model.num_experts_per_tok, model.n_group % node == 0
@@ -130,7 +199,15 @@ def make_dispatcher(model: ModelConfig, parallel: ParallelConfig) -> Dispatcher:
 
     def exchange(axes, peers, experts_per_peer, rows_a_token, agree_on, inner):
         return Exchange(
-            axes, peers, experts_per_peer, rows_a_token, parallel.capacity_factor, agree_on, inner
+            axes,
+            peers,
+            experts_per_peer,
+            rows_a_token,
+            parallel.capacity_factor,
+            agree_on,
+            inner,
+            wire,
+            AS_IS if products.rows_codec is PLAIN else PACKINGS["fp8"],
         )
 
     if node * gpu == 1:
@@ -154,11 +231,11 @@ def swiglu(h: Float[Array, "*rows double_width"]) -> Float[Array, "*rows width"]
 
 
 def _expert_by_expert(
+    products: ExpertProducts,
     x: Float[Array, "tokens hidden"],
     experts: Int[Array, "tokens top_k"],
     weights: Float[Array, "tokens top_k"],
-    gate_up: Float[Array, "experts double_width hidden"],
-    down: Float[Array, "experts hidden width"],
+    parameters: ExpertParameters,
 ) -> Float[Array, "tokens hidden"]:
     """The routed sum for fewer pairs than experts: pair by pair, reading only what is needed.
 
@@ -168,52 +245,59 @@ def _expert_by_expert(
 
     def add_pair(out, pair):
         token, expert = pair // top_k, experts.reshape(-1)[pair]
-        h = jax.lax.dynamic_slice_in_dim(x, token, 1) @ gate_up[expert].T
-        y = swiglu(h) @ down[expert].T
+        row = jax.lax.dynamic_slice_in_dim(x, token, 1)
+        y = _one_expert(products, row, jnp.ones((1,), x.dtype), _of_expert(parameters, expert))
         return out.at[token].add(weights.reshape(-1)[pair] * y[0]), None
 
     return jax.lax.scan(add_pair, jnp.zeros_like(x), jnp.arange(weights.size))[0]
 
 
-Operands = tuple[
-    Float[Array, "tokens hidden"],
-    Float[Array, "tokens top_k"],
-    Float[Array, "experts double_width hidden"],
-    Float[Array, "experts hidden width"],
-]
-"""x, routing weights, gate_up, down."""
+def _one_expert(
+    products: ExpertProducts,
+    rows: Float[Array, "rows hidden"],
+    weights: Float[Array, " rows"],
+    of_expert: Any,
+) -> Float[Array, "rows hidden"]:
+    """weight * expert(x) for each row; `of_expert` are one expert's matrices."""
+    activation = swiglu(products.gate_up(rows, of_expert.gate_up))
+    return products.down(activation * weights[:, None], of_expert.down)
+
+
+def _of_expert(tree: Any, expert: Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda part: part[expert], tree)
+
+
+Operands = tuple[Float[Array, "tokens hidden"], Float[Array, "tokens top_k"], ExpertParameters]
+"""x, routing weights, and what is trained of the parameters."""
 
 
 def _slots(
+    products: ExpertProducts,
     tape: Tape,
     x: Float[Array, "tokens hidden"],
     weights: Float[Array, "tokens top_k"],
-    gate_up: Float[Array, "experts double_width hidden"],
-    down: Float[Array, "experts hidden width"],
+    parameters: ExpertParameters,
     plan: DispatchPlan,
 ) -> Float[Array, "tokens hidden"]:
     """What the slots contribute. Weights are applied before `down`, so that their gradient needs
     no expert's output."""
-    rows = tape.keep("expert_rows", _take_slots(x, plan))
-    h = tape.keep("expert_up", tape.linear("gate_up_proj", _gate_up_product, rows, gate_up))
-    weighted = swiglu(h) * _slot_weights(weights, plan)[..., None]
-    return _sum_slots(tape.linear("down_proj", _down_product, weighted, down), plan)
 
+    def finish(h, slot_weights, down):
+        return tape.linear("down_proj", products.down, swiglu(h) * slot_weights[..., None], down)
 
-def _gate_up_product(rows: Array, gate_up: Array) -> Array:
-    return jnp.einsum("ecd,efd->ecf", rows, gate_up)
-
-
-def _down_product(activation: Array, down: Array) -> Array:
-    return jnp.einsum("ecf,edf->ecd", activation, down)
+    rows = tape.keep("expert_rows", _take_slots(x, plan), products.rows_codec)
+    h = tape.linear("gate_up_proj", products.gate_up, rows, parameters.gate_up)
+    rest = _slot_weights(weights, plan), parameters.down
+    return _sum_slots(tape.from_kept(("expert_up",), products.up_codec, finish, h, *rest), plan)
 
 
 @jax.custom_vjp
 def _take_slots(
     x: Float[Array, "tokens hidden"], plan: DispatchPlan
 ) -> Float[Array, "experts capacity hidden"]:
-    """Each slot's row (some row where it is empty); its transpose is `_sum_slots`."""
-    return x[plan.slot_pair // plan.pair_slot.shape[1]]
+    """Each slot's row, zeros where it is empty; its transpose is `_sum_slots`."""
+    rows = x[plan.slot_pair // plan.pair_slot.shape[1]]
+    return jnp.where(plan.slot_filled[..., None], rows, 0)
 
 
 @jax.custom_vjp
@@ -246,7 +330,6 @@ _take_slots.defvjp(
     lambda x, plan: (_take_slots(x, plan), plan),
     lambda plan, d_rows: (_sum_slots(d_rows, plan), None),
 )
-# An empty slot's gradient is some row: what made the slot's output has weight 0 there.
 _sum_slots.defvjp(
     lambda slots, plan: (_sum_slots(slots, plan), plan),
     lambda plan, d_out: (_take_slots(d_out, plan), None),
@@ -257,22 +340,22 @@ _slot_weights.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _overflow(
-    capacity: int, operands: Operands, plan: DispatchPlan
+    products: ExpertProducts, capacity: int, operands: Operands, fixed: Any, plan: DispatchPlan
 ) -> tuple[Float[Array, "tokens hidden"], Operands]:
     """What the overflow blocks contribute, and the operands for whoever else needs them.
 
     Passed on like this they bring the others' gradients here in backward, to which the blocks add
-    theirs in place.
+    theirs in place. `fixed` is what is not trained of the parameters.
     """
-    x, weights, gate_up, down = operands
-    block = overflow_block(x.shape[0])
+    x, weights, of_trained = operands
+    block, parameters = overflow_block(x.shape[0]), joined(fixed, of_trained)
 
     def add_block(index, out):
         expert, token, weight, _, _ = _overflow_rows(plan, index, capacity, block, weights)
-        h = x[token] @ gate_up[expert].T
-        return out.at[token].add(weight[:, None] * (swiglu(h) @ down[expert].T))
+        of_expert = _of_expert(parameters, expert)
+        return out.at[token].add(_one_expert(products, x[token], weight, of_expert))
 
     out = jax.lax.fori_loop(0, plan.block_end[-1], add_block, jnp.zeros_like(x))
     return out, operands
@@ -285,33 +368,34 @@ def _overflow_rows(plan, index, capacity, block, weights):
     return expert, pairs // weights.shape[1], weight, pairs, real
 
 
-def _overflow_forward(capacity, operands, plan):
-    return _overflow(capacity, operands, plan), (operands, plan)
+def _overflow_forward(products, capacity, operands, fixed, plan):
+    return _overflow(products, capacity, operands, fixed, plan), (operands, fixed, plan)
 
 
-def _overflow_backward(capacity, residuals, gradients):
-    (x, weights, gate_up, down), plan = residuals
-    d_out, (d_x, d_weights, d_gate_up, d_down) = gradients
+def _overflow_backward(products, capacity, residuals, gradients):
+    (x, weights, of_trained), fixed, plan = residuals
+    d_out, (d_x, d_weights, d_trained) = gradients
     block = overflow_block(x.shape[0])
 
     def add_block(index, gradients):
-        d_x, d_pairs, d_gate_up, d_down = gradients
+        d_x, d_pairs, d_trained = gradients
         expert, token, weight, pairs, real = _overflow_rows(plan, index, capacity, block, weights)
-        h = x[token] @ gate_up[expert].T
-        activation, swiglu_vjp = jax.vjp(swiglu, h)
-        d_activation = d_out[token] @ down[expert]  # before the routing weight
-        (d_h,) = swiglu_vjp(d_activation * weight[:, None])
-        d_weight = jnp.sum(activation * d_activation, axis=-1)
+
+        def of_block(rows, weight, of_trained):
+            own = joined(_of_expert(fixed, expert), of_trained)
+            return _one_expert(products, rows, weight, own)
+
+        pull = jax.vjp(of_block, x[token], weight, _of_expert(of_trained, expert))[1]
+        d_rows, d_weight, d_own = pull(d_out[token])
         return (
-            d_x.at[token].add(d_h @ gate_up[expert]),
+            d_x.at[token].add(d_rows),
             d_pairs.at[pairs].add(jnp.where(real, d_weight, 0)),
-            d_gate_up.at[expert].add(d_h.T @ x[token]),
-            d_down.at[expert].add(d_out[token].T @ (activation * weight[:, None])),
+            jax.tree.map(lambda total, own: total.at[expert].add(own), d_trained, d_own),
         )
 
-    start = (d_x, d_weights.reshape(-1), d_gate_up, d_down)
-    d_x, d_pairs, d_gate_up, d_down = jax.lax.fori_loop(0, plan.block_end[-1], add_block, start)
-    return (d_x, d_pairs.reshape(weights.shape), d_gate_up, d_down), None
+    start = (d_x, d_weights.reshape(-1), d_trained)
+    d_x, d_pairs, d_trained = jax.lax.fori_loop(0, plan.block_end[-1], add_block, start)
+    return (d_x, d_pairs.reshape(weights.shape), d_trained), None, None
 
 
 _overflow.defvjp(_overflow_forward, _overflow_backward)

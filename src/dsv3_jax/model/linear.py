@@ -6,7 +6,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.parallel.tape import AUTODIFF, Tape
+from dsv3_jax.parallel.tape import AUTODIFF, Product, Tape
+from dsv3_jax.quant.matmul import QuantisedProduct
+from dsv3_jax.quant.recipe import Recipe
 
 
 class BlockScale(nnx.Variable):
@@ -45,17 +47,32 @@ def _dot_nt(
     return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
+def product_of(recipe: Recipe, name: str, otherwise: Product = linear) -> Product:
+    """The product that `recipe` has for `name`."""
+    return QuantisedProduct(recipe.rules[name]) if name in recipe.rules else otherwise
+
+
 class Linear(nnx.Module):
     """A bias-free linear map; `weight` is [out_dim, in_dim]."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        std: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        product: Product = linear,
+    ):
         self.weight = nnx.Param(normal(rngs, (out_dim, in_dim), std, dtype))
+        self.product = product
 
     def __call__(
         self, x: Float[Array, "*batch in_dim"], tape: Tape = AUTODIFF, name: str = ""
     ) -> Float[Array, "*batch out_dim"]:
         """x @ weight.T; `name` is what `tape` knows the product by."""
-        return tape.linear(name, linear, x, self.weight[...])
+        return tape.linear(name, self.product, x, self.weight[...])
 
 
 class Embedding(nnx.Module):

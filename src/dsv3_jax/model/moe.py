@@ -14,6 +14,7 @@ from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.router import LoadStatistics, Router, Routing, load_statistics
 from dsv3_jax.parallel.dispatch import Dispatcher, Sent
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
+from dsv3_jax.quant.recipe import IN_FP32, Recipe
 
 
 class MoE(nnx.Module):
@@ -29,6 +30,7 @@ class MoE(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         dispatcher: Dispatcher | None = None,
+        recipe: Recipe = IN_FP32,
     ):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         shape = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
@@ -37,7 +39,9 @@ class MoE(nnx.Module):
             config.n_routed_experts, hidden, width, **shape, dispatcher=dispatcher
         )
         if config.n_shared_experts:
-            self.shared_experts = MLP(hidden, width * config.n_shared_experts, **shape)
+            self.shared_experts = MLP(
+                hidden, width * config.n_shared_experts, **shape, recipe=recipe
+            )
         self.config = config
 
     def __call__(
@@ -70,7 +74,8 @@ class MoE(nnx.Module):
     def dispatch(
         self, x: Float[Array, "batch seq hidden"], routing: Routing, tape: Tape
     ) -> tuple[Sent, Any]:
-        """The rows that come to this device's experts, and the experts' parameters."""
+        """The rows that come to this device's experts, and the experts' parameters (what is trained
+        of them)."""
         rows = x.reshape(-1, x.shape[-1])
         with jax.named_scope("routed_experts"), jax.named_scope("dispatch"):
             return self.experts.dispatch(rows, routing.experts, routing.weights, tape)
@@ -80,7 +85,7 @@ class MoE(nnx.Module):
     ) -> tuple[Sent, Float[Array, "batch seq hidden"]]:
         """What the routed experts here make of what was sent, and the shared experts of `x`."""
         with jax.named_scope("routed_experts"):
-            sent = self.experts.dispatcher.compute(sent, parameters, tape)
+            sent = self.experts.compute(sent, parameters, tape)
         if not self.config.n_shared_experts:
             return sent, jnp.zeros_like(x)
         with jax.named_scope("shared_experts"):
@@ -91,5 +96,5 @@ class MoE(nnx.Module):
     ) -> Float[Array, "batch seq hidden"]:
         """Routed and shared experts' sums for every token."""
         with jax.named_scope("routed_experts"), jax.named_scope("combine"):
-            y = self.experts.dispatcher.combine(sent, parameters)
+            y = self.experts.combine(sent, parameters)
         return y.reshape(shared.shape) + shared

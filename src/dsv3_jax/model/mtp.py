@@ -18,6 +18,7 @@ from dsv3_jax.model.rope import Rotary
 from dsv3_jax.model.router import LoadStatistics
 from dsv3_jax.parallel.dispatch import Dispatcher
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
+from dsv3_jax.quant.recipe import Recipe
 
 
 class SharedHead(nnx.Module):
@@ -38,6 +39,7 @@ class MultiTokenPredictor(nnx.Module):
         rngs: nnx.Rngs,
         recompute: Recompute,
         dispatcher: Dispatcher | None,
+        recipe: Recipe,
     ):
         hidden = config.hidden_size
         norm = {"eps": config.rms_norm_eps, "dtype": dtype}
@@ -53,6 +55,7 @@ class MultiTokenPredictor(nnx.Module):
             rngs=rngs,
             recompute=recompute,
             dispatcher=dispatcher,
+            recipe=recipe,
         )
         self.shared_head = SharedHead(config, dtype=dtype)
 

@@ -18,6 +18,8 @@ from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary, rotary
 from dsv3_jax.model.router import LoadStatistics
 from dsv3_jax.parallel.dispatch import Dispatcher
+from dsv3_jax.parallel.tape import AUTODIFF
+from dsv3_jax.quant.recipe import IN_FP32, Recipe
 
 GATHERED = "gathered_weights"
 """Name, for checkpoint policies, of weights that are gathered again in backward."""
@@ -41,7 +43,8 @@ class Transformer(nnx.Module):
     its first dim, of `mtp` the depth. They are scanned, so that compile time does not grow with
     depth, or unrolled with `scan_layers=False`. `remat` is one of none, selective, full; full keeps
     the tensors that `keep` names.
-    `dispatcher` brings tokens to the experts of other devices, inside shard_map.
+    `dispatcher` brings tokens to the experts of other devices, inside shard_map. `recipe` says
+    which products are in FP8; the experts' are the dispatcher's.
 
     Raises ValueError for an unknown `remat`.
     """
@@ -56,6 +59,7 @@ class Transformer(nnx.Module):
         keep: tuple[str, ...] = (),
         scan_layers: bool = True,
         dispatcher: Dispatcher | None = None,
+        recipe: Recipe = IN_FP32,
     ):
         if remat not in RECOMPUTE:
             raise ValueError(f"remat is {remat!r}, expected one of {', '.join(RECOMPUTE)}")
@@ -64,6 +68,7 @@ class Transformer(nnx.Module):
             policy = jax.checkpoint_policies.save_only_these_names(*keep)
             recompute = recompute._replace(block=partial(jax.checkpoint, policy=policy))
         shared = {"dtype": dtype, "recompute": recompute, "dispatcher": dispatcher}
+        shared["recipe"] = recipe
         weights = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}
 
         def block(routed: bool) -> Callable[[nnx.Rngs], Block]:
@@ -85,6 +90,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.scan_layers = scan_layers
         self.recompute_block = recompute.block
+        self.tape = AUTODIFF  # what every layer is called with
         self.files_from: str | None = None  # the directory whose tokenizer files belong to it
         # Of (stack, one layer's weights in shards): the weights. None where they are whole already.
         self.gather_layer: Callable[[str, nnx.State], nnx.State] | None = None
@@ -126,7 +132,9 @@ class Transformer(nnx.Module):
                 ahead = jnp.pad(rows[:, depth:], ((0, 0), (0, depth - 1)))
                 weights = jax.tree.map(lambda leaf, i=depth - 1: leaf[i], state)
                 hidden, of_depth = self._on_layer(
-                    lambda module, *arguments, d=depth: module(*arguments, documents, seq - d),
+                    lambda module, *arguments, d=depth: module(
+                        *arguments, documents, seq - d, self.tape
+                    ),
                     "mtp",
                     graph,
                     weights,
@@ -155,7 +163,8 @@ class Transformer(nnx.Module):
             x = self.embed(tokens)
 
         def step(block: Block, x, _):
-            x, latent, statistics = self.recompute_block(block)(x, angles, documents)
+            run = self.recompute_block(partial(block, tape=self.tape))
+            x, latent, statistics = run(x, angles, documents)
             return x, (latent, statistics)
 
         latents, statistics = [], []

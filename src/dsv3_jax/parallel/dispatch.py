@@ -37,6 +37,9 @@ from dsv3_jax.parallel.exchange_plan import (
     wanted_by,
 )
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
+from dsv3_jax.parallel.wire import AS_IS, UNCHANGED, Packing, Wire
+from dsv3_jax.quant.formats import Codec
+from dsv3_jax.quant.scaled_array import joined, trained, untrained
 
 
 @runtime_checkable
@@ -120,8 +123,9 @@ class Exchange:
     """`inner` on the devices of `axes`, of which peer p holds experts p*n to p*n + n - 1.
 
     `rows_a_token` is how many rows a peer is expected to get for each token of this device;
-    `capacity_factor` times that is the size of a buffer. `agree_on` are the axes of all collectives
-    in here, `inner`'s too. A `Dispatcher`.
+    `capacity_factor` times that is the size of a buffer. `wire` is what rows and sums travel in,
+    `kept` how rows that came wait for backward. `agree_on` are the axes of all collectives in
+    here, `inner`'s too. A `Dispatcher`.
     """
 
     axes: tuple[str, ...]
@@ -131,6 +135,8 @@ class Exchange:
     capacity_factor: float
     agree_on: tuple[str, ...]
     inner: "ExpertFunction | Exchange"
+    wire: Wire = UNCHANGED
+    kept: Packing = AS_IS
 
     @property
     def hops(self) -> tuple["Exchange", ...]:
@@ -144,13 +150,16 @@ class Exchange:
         if self._may_overflow(tokens):
             rounds = jax.lax.pmax(jnp.stack(needed), self.agree_on)
             count = tape.keep("rounds", jnp.where(jnp.any(rounds > 1), rounds[0], 0))
-            operands, span = (rows, parameters), (jnp.bool(True), count)
-            (rows, of_rows), (parameters, of_parameters) = (
-                _mark(self, tokens, which, operands, experts, span) for which in (0, 1)
+            operands, span = (rows, trained(parameters)), (jnp.bool(True), count)
+            fixed = experts, untrained(parameters)
+            (rows, of_rows), (of_trained, of_parameters) = (
+                _mark(self, tokens, which, operands, fixed, span) for which in (0, 1)
             )
+            parameters = joined(fixed[1], of_trained)
             sent = Sent(rows, experts, rows, routes, Further(count, (of_rows, of_parameters)))
         for hop, route in zip(self.hops, routes, strict=True):
-            rows = tape.keep(f"{hop.axes[-1]}_rows", _send_rows(hop, rows, route.plan))
+            came = _send_rows(hop, experts.shape[1], rows, route.plan)
+            rows = self._keep(f"{hop.axes[-1]}_rows", came, experts.shape[1], tape)
         return sent._replace(rows=rows), parameters
 
     def compute(self, sent, parameters, tape=AUTODIFF):
@@ -164,12 +173,23 @@ class Exchange:
     def combine(self, sent, parameters):
         done, tokens = sent.rows, sent.experts.shape[0]
         for hop, route in reversed(list(zip(self.hops, sent.routes, strict=True))):
-            done = _send_back(hop, done, route.plan)
+            done = _send_back(hop, 0, done, route.plan)
         if sent.further is None:
             return done
-        operands = jax.tree.map(jax.lax.stop_gradient, (sent.source, parameters))
-        span = jnp.bool(True), sent.further.count
-        return _add_further(self, tokens, done, sent.further.zeros, operands, sent.experts, span)
+        operands = jax.tree.map(jax.lax.stop_gradient, (sent.source, trained(parameters)))
+        fixed, span = (sent.experts, untrained(parameters)), (jnp.bool(True), sent.further.count)
+        return _add_further(self, tokens, done, sent.further.zeros, operands, fixed, span)
+
+    def _keep(self, name: str, rows: Float[Array, "rows width"], extra: int, tape: Tape) -> Array:
+        """`rows`, of which the last `extra` columns are their weights."""
+        kept = self.kept
+        codec = Codec(
+            kept.name,
+            ("",),
+            lambda x: (kept.pack(x, extra),),
+            lambda arrays, dtype: kept.unpack(arrays[0], extra, dtype),
+        )
+        return tape.keep(name, rows, codec)
 
     def _routes(
         self, experts: Int[Array, "rows top_k"], tape: Tape
@@ -226,19 +246,21 @@ def split_weights(
 # adds theirs in place. What it needs for that, the gradient of the result, comes to it by a zero.
 
 Operands = tuple[Float[Array, "rows hidden_and_top_k"], Any]
-"""Rows, and the experts' parameters."""
+"""Rows, and what is trained of the experts' parameters."""
+Fixed = tuple[Int[Array, "rows top_k"], Any]
+"""The rows' experts, and the rest of the parameters."""
 Span = tuple[Bool[Array, ""], Int[Array, ""]]
 """Whether the first round of all hops has been, and rounds of this hop until all is served."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _add_further(hop, tokens, y, zeros, operands: Operands, experts, span: Span):
+def _add_further(hop, tokens, y, zeros, operands: Operands, fixed: Fixed, span: Span):
     """`y` and what the further rounds add. Its gradient goes on to `y`, and to the `zeros`."""
     del zeros
     has_begun, count = span
 
     def add_round(index, y):
-        return y + _further_round(hop, tokens, index, has_begun, operands, experts)
+        return y + _further_round(hop, tokens, index, has_begun, operands, fixed)
 
     return jax.lax.fori_loop(_first_index(hop, has_begun), count, add_round, y)
 
@@ -250,28 +272,28 @@ _add_further.defvjp(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _mark(hop, tokens, which, operands: Operands, experts, span: Span):
+def _mark(hop, tokens, which, operands: Operands, fixed: Fixed, span: Span):
     """operands[which] for the first round, and the zero for `_add_further`.
 
     Rows and parameters each have a loop of their own in backward, so that the gradients of the
     parameters keep nobody waiting.
     """
     del hop, tokens, span
-    return operands[which], jnp.zeros_like(split_weights(operands[0], experts)[0])
+    return operands[which], jnp.zeros_like(split_weights(operands[0], fixed[0])[0])
 
 
-def _mark_forward(hop, tokens, which, operands, experts, span):
-    return _mark(hop, tokens, which, operands, experts, span), (operands, experts, span)
+def _mark_forward(hop, tokens, which, operands, fixed, span):
+    return _mark(hop, tokens, which, operands, fixed, span), (operands, fixed, span)
 
 
 def _mark_backward(hop, tokens, which, residuals, gradients):
-    operands, experts, (has_begun, count) = residuals
+    operands, fixed, (has_begun, count) = residuals
     first_gradients, d_y = gradients
 
     def add_round(index, gradients):
         def of_round(operand):
             changed = (operand, operands[1]) if which == 0 else (operands[0], operand)
-            return _further_round(hop, tokens, index, has_begun, changed, experts)
+            return _further_round(hop, tokens, index, has_begun, changed, fixed)
 
         return jax.tree.map(jnp.add, gradients, jax.vjp(of_round, operands[which])[1](d_y)[0])
 
@@ -289,27 +311,28 @@ def _first_index(hop: Exchange, has_begun: Bool[Array, ""]) -> Int[Array, ""]:
     return (has_begun & (len(hop.hops) == 1)).astype(jnp.int32)
 
 
-def _further_round(hop, tokens, index, has_begun, operands: Operands, experts):
+def _further_round(hop, tokens, index, has_begun, operands: Operands, fixed: Fixed):
     """What round `index` adds, but for the first round of all hops if that has been."""
-    rows, parameters = operands
+    (rows, of_trained), (experts, rest) = operands, fixed
     capacity = hop.capacity(experts.shape[0], tokens)
     plan = plan_round(hop.wanted(experts), index, capacity)
     experts = _send_experts(hop, experts, plan)
-    rows = _send_rows(hop, rows, plan)
+    rows = _send_rows(hop, experts.shape[1], rows, plan)
     x, weights = split_weights(rows, experts)
     if isinstance(hop.inner, Exchange):
-        inner, operands = hop.inner, (rows, parameters)
+        inner, operands, fixed = hop.inner, (rows, of_trained), (experts, rest)
         needed = rounds_needed(inner.wanted(experts), inner.capacity(experts.shape[0], tokens))
         span = has_begun & (index == 0), jax.lax.pmax(needed, inner.agree_on)
-        (rows, of_rows), (parameters, of_parameters) = (
-            _mark(inner, tokens, which, operands, experts, span) for which in (0, 1)
+        (_, of_rows), (_, of_parameters) = (
+            _mark(inner, tokens, which, operands, fixed, span) for which in (0, 1)
         )
         zeros, constants = (of_rows, of_parameters), jax.tree.map(jax.lax.stop_gradient, operands)
         # Nothing uses the marked operands, whose gradients so begin at zero.
-        done = _add_further(inner, tokens, jnp.zeros_like(x), zeros, constants, experts, span)
+        done = _add_further(inner, tokens, jnp.zeros_like(x), zeros, constants, fixed, span)
     else:
+        parameters = joined(rest, of_trained)
         done = hop.inner(x, experts, weights, parameters, tokens, is_further=True)
-    return _send_back(hop, done, plan)
+    return _send_back(hop, 0, done, plan)
 
 
 # One hop
@@ -322,15 +345,46 @@ def _send_experts(hop: Exchange, experts: Int[Array, "rows top_k"], plan: RoundP
     return _swap(hop, localise(chosen, by_peer, hop.experts_per_peer))
 
 
-def _send_rows(hop: Exchange, rows: Float[Array, "rows width"], plan: RoundPlan) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send_rows(
+    hop: Exchange, extra: int, rows: Float[Array, "rows width"], plan: RoundPlan
+) -> Float[Array, "slots width"]:
+    """The rows that come, of which the last `extra` columns are not to be rounded."""
+    return _out(hop, extra, rows, plan)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send_back(
+    hop: Exchange, extra: int, rows: Float[Array, "slots width"], plan: RoundPlan
+) -> Float[Array, "rows width"]:
+    """Each row's sum over the peers that it went to; its transpose is `_send_rows`."""
+    return _back(hop, extra, rows, plan)
+
+
+_send_rows.defvjp(
+    lambda hop, extra, rows, plan: (_out(hop, extra, rows, plan), plan),
+    lambda hop, extra, plan, d_rows: (_back(hop, extra, d_rows, plan), None),
+)
+_send_back.defvjp(
+    lambda hop, extra, rows, plan: (_back(hop, extra, rows, plan), plan),
+    lambda hop, extra, plan, d_rows: (_out(hop, extra, d_rows, plan), None),
+)
+
+
+def _out(hop: Exchange, extra: int, rows: Array, plan: RoundPlan) -> Array:
     # x[T_local, W] -> rows[peers * C, W], each from the peer of that number
-    return _swap(hop, _to_slots(rows, plan))
+    packing = hop.wire.dispatch
+    packed = _take_rows(packing.pack(rows, extra), plan.slot_row, 0)
+    return packing.unpack(_swap(hop, packed), extra, rows.dtype)
 
 
-def _send_back(hop: Exchange, rows: Float[Array, "slots width"], plan: RoundPlan) -> Array:
+def _back(hop: Exchange, extra: int, rows: Array, plan: RoundPlan) -> Array:
     # y[peers * C, D] -> y[T_local, D], the sum over peers
-    returned = _swap(hop, rows.reshape(hop.peers, -1, rows.shape[-1]))
-    return _from_slots(returned.reshape(hop.peers, -1, rows.shape[-1]), plan)
+    packing = hop.wire.combine
+    packed = packing.pack(rows, extra)
+    swapped = _swap(hop, packed.reshape(hop.peers, -1, packed.shape[-1]))
+    returned = packing.unpack(swapped, extra, rows.dtype)
+    return _sum_slots(returned.reshape(hop.peers, -1, rows.shape[-1]), plan)
 
 
 def _swap(hop: Exchange, rows: Array) -> Array:
@@ -344,32 +398,13 @@ def _take_rows(x: Array, slot_row: Int[Array, "peers capacity"], fill: float) ->
     return jnp.concatenate([x, filler])[slot_row]
 
 
-@jax.custom_vjp
-def _to_slots(
-    x: Float[Array, "rows width"], plan: RoundPlan
-) -> Float[Array, "peers capacity width"]:
-    """Each slot's row, zero where there is none; its transpose is `_from_slots`."""
-    return _take_rows(x, plan.slot_row, 0)
-
-
-@jax.custom_vjp
-def _from_slots(
+def _sum_slots(
     slots: Float[Array, "peers capacity width"], plan: RoundPlan
 ) -> Float[Array, "rows width"]:
-    """Each row's sum over its slots, one gather a peer; its transpose is `_to_slots`."""
+    """Each row's sum over its slots, one gather a peer."""
     flat = slots.reshape(-1, slots.shape[-1])
     padded = jnp.concatenate([flat, jnp.zeros((1, flat.shape[1]), flat.dtype)])
     total = padded[plan.row_slot[:, 0]]
     for peer in range(1, plan.row_slot.shape[1]):
         total += padded[plan.row_slot[:, peer]]
     return total
-
-
-_to_slots.defvjp(
-    lambda x, plan: (_to_slots(x, plan), plan),
-    lambda plan, d_slots: (_from_slots(d_slots, plan), None),
-)
-_from_slots.defvjp(
-    lambda slots, plan: (_from_slots(slots, plan), plan),
-    lambda plan, d_rows: (_to_slots(d_rows, plan), None),
-)

@@ -128,6 +128,9 @@ def _find_plugin() -> None:
         importlib.invalidate_caches()
     if not _has_plugin():
         raise ValueError(INSTALL_HINT)
+    # Of Mosaic's kernels, which look for it where the plugin would be installed.
+    runtime = PACKAGES / "jax_cuda13_plugin" / "libmosaic_gpu_runtime.so"
+    os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime))
 
 
 def _has_plugin() -> bool:

@@ -103,6 +103,8 @@ def _product_cost(
     target = (instruction.attribute("custom_call_target") or "").strip('"')
     if target.startswith("__cublas$"):
         return _cublas_cost(computation, instruction), ()
+    if target.startswith("mosaic_gpu"):
+        return _mosaic_cost(computation, instruction), ()
     return Cost(), () if target in _WITHOUT_PRODUCTS else (target,)
 
 
@@ -117,6 +119,15 @@ def _cublas_cost(computation: Computation, instruction: Instruction) -> Cost:
     contracted = math.prod(left.dims[int(dim)] for dim in dims)
     precision = json.dumps(config.get("precision_config", {})).lower()
     return _by_unit(2.0 * instruction.results[0].size * contracted, left, right, precision)
+
+
+def _mosaic_cost(computation: Computation, instruction: Instruction) -> Cost:
+    """Of dsv3_kernels: `fp8_gemm` is the one with two FP8 operands, [..., m, k] and [..., n, k]."""
+    operands = computation.operand_arrays(instruction)
+    matrices = [array for array in operands if array.dtype.startswith(_FP8_FAMILY)]
+    if len(matrices) != 2:
+        return Cost()
+    return Cost(fp8_flops=2.0 * instruction.results[0].size * matrices[0].dims[-1])
 
 
 def _by_unit(flops: float, left: Array, right: Array, precision: str) -> Cost:

@@ -82,6 +82,8 @@ class StepReport:
     """Adds up to the peak: stored weights and optimizer, what is held over the step of gathered
     weights and of gradients, activations and buffers, other arguments, results, code."""
     compiled_flops_per_gpu: Number
+    fp8_flops_per_gpu: Number
+    """Of them."""
     model_flops_per_gpu: Number | None
     hbm_bytes_per_gpu: Number
     nvlink_bytes_per_gpu: Number
@@ -219,6 +221,7 @@ def analyse(
         fits=peak <= gpu.memory_bytes - RESERVED_BYTES,
         bytes_by_kind=parts,
         compiled_flops_per_gpu=step.cost.flops,
+        fp8_flops_per_gpu=step.cost.fp8_flops,
         model_flops_per_gpu=model_flops_per_gpu,
         hbm_bytes_per_gpu=step.cost.hbm_bytes,
         nvlink_bytes_per_gpu=step.traffic.nvlink_bytes,
@@ -324,7 +327,10 @@ def _over_model(report: StepReport) -> str:
     ratio = report.flops_over_model
     if ratio is None:
         return ""
-    return f", {ratio:.3f} x the model's {report.model_flops_per_gpu:.4g}"
+    text = f", {ratio:.3f} x the model's {report.model_flops_per_gpu:.4g}"
+    if not report.fp8_flops_per_gpu:
+        return text
+    return f"{text}, {report.fp8_flops_per_gpu / report.compiled_flops_per_gpu:.0%} of them in FP8"
 
 
 def _pair_lines(report: StepReport) -> list[str]:

@@ -1,5 +1,6 @@
 """A run's own train step, compiled for a cluster and reported on: what `dsv3 compile` does."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dsv3_jax.plan.program import TripRule
 from dsv3_jax.plan.report import Analysis, HeldBytes, MemoryUse, analyse
 from dsv3_jax.plan.report_page import as_html
 from dsv3_jax.plan.roofline import BranchRule
+from dsv3_jax.quant.scaled_array import is_scaled
 from dsv3_jax.train.layout import Layout, compute_params, make_layout
 from dsv3_jax.train.pipeline_step import make_pipeline
 
@@ -79,7 +81,8 @@ def held_bytes(layout: Layout) -> HeldBytes:
     def on_a_device(function):
         specs, abstract = layout.state_specs().params, layout.abstract.params
         whole = PartitionSpec()  # so that a result's shape is that of a device
-        return jax.tree.leaves(jax.eval_shape(layout.on_mesh(function, (specs,), whole), abstract))
+        made = jax.eval_shape(layout.on_mesh(function, (specs,), whole), abstract)
+        return jax.tree.leaves(made, is_leaf=is_scaled)
 
     used = on_a_device(gathered)
     made = used
@@ -87,8 +90,8 @@ def held_bytes(layout: Layout) -> HeldBytes:
         stored = on_a_device(lambda params: params)
         made = [new for new, old in zip(used, stored, strict=True) if new != old]
     return HeldBytes(
-        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in made),
-        gradients=sum(leaf.size * 4 for leaf in used),
+        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made)),
+        gradients=sum(math.prod(leaf.shape) * 4 for leaf in used),
     )
 
 

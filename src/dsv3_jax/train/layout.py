@@ -16,10 +16,10 @@ from dsv3_jax.config import RunConfig
 from dsv3_jax.model.transformer import GATHERED, Transformer
 from dsv3_jax.parallel.mesh import TOKEN_AXES, compiler_options, make_mesh, used_axes
 from dsv3_jax.parallel.sharding import STACKS, add_over, place
+from dsv3_jax.quant.recipe import QUANTISED, make_recipe
 from dsv3_jax.train.optimizer import Moments
 from dsv3_jax.train.state import TrainState, build_model, init_state, split_model
 
-COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 ROWS = PartitionSpec(None, TOKEN_AXES)
 """Of arrays [accumulation, part, tokens]: every device has its sequences of each part."""
 
@@ -194,12 +194,14 @@ def make_layout(
 
 
 def compute_params(params: nnx.State, recipe: str) -> nnx.State:
-    """The weights in the dtype the model computes in; embedding, norms and routers stay FP32."""
+    """The weights in the dtype the model computes in; embedding, norms and routers stay FP32, and
+    what is quantised comes from the FP32 weights."""
+    chosen = make_recipe(recipe)
+    kept_names = {"gate", "embed_tokens"} | (QUANTISED if chosen.rules else set())
 
     def cast(path, leaf):
         names = [str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)]
-        kept_names = {"gate", "embed_tokens"}
         keep = not kept_names.isdisjoint(names) or any("norm" in name for name in names)
-        return leaf if keep else leaf.astype(COMPUTE_DTYPES[recipe])
+        return leaf if keep else leaf.astype(chosen.dtype)
 
     return jax.tree.map_with_path(cast, params)

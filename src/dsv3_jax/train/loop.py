@@ -20,6 +20,7 @@ from dsv3_jax.data.sources import gzip_bits_per_byte
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.model.accounting import count_flops, count_parameters
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.quant.recipe import make_recipe
 from dsv3_jax.train.balance import max_over_mean
 from dsv3_jax.train.diagnosis import NonFiniteError, broken_activations, first_non_finite
 from dsv3_jax.train.layout import make_layout
@@ -35,6 +36,7 @@ from dsv3_jax.train.run_directory import (
     run_directory,
     write_config,
 )
+from dsv3_jax.train.scale_statistics import ScaleStatistics
 from dsv3_jax.train.schedules import StepPlan, plan_run
 from dsv3_jax.train.state import TrainState
 from dsv3_jax.train.step import StepReport, StepSettings, make_train_step
@@ -131,6 +133,8 @@ class Trainer:
         )
         self.state, self.first_step = self._initial_state(initial)
         self.evaluation_sums = self.layout.sum_over_tokens(evaluation_sums)
+        recipe = make_recipe(config.precision.recipe, config.precision.rules)
+        self.scale_statistics = ScaleStatistics(self.layout, recipe) if recipe.rules else None
         self.eval_batches: list[Batch] = []
         if len(self.data.held_out_rows) >= config.train.batch_size:
             self.eval_batches = self.loader.eval_batches(config.train.eval_batches)
@@ -153,7 +157,11 @@ class Trainer:
                 raise NonFiniteError(self._explain(plan.step, rows, report))
             metrics = self._metrics(plan, report, time.perf_counter() - started)
             last = plan.step == train.steps
-            if self.eval_batches and (last or _is_due(plan.step, train.eval_every)):
+            evaluates = last or _is_due(plan.step, train.eval_every)
+            if evaluates and self.scale_statistics is not None:
+                part = rows[0], None if documents is None else documents[0]
+                metrics |= self.scale_statistics(self.state, *part, plan.mtp_weight)
+            if evaluates and self.eval_batches:
                 metrics |= self._evaluate()
                 output.message(_describe_evaluation(plan.step, metrics))
             output.metrics(plan.step, metrics)

@@ -4,7 +4,9 @@
 main_loss mtp_loss balance_loss grad_norm learning_rate tokens_per_second step_seconds
 expert_load_max_over_mean`, and every so often `expert_load` and `router_bias`, both
 [routed layers][experts] (tokens of that step's batch; the bias after it). An evaluation adds
-`eval_loss` and `eval_bits_per_byte` to its step's object or writes an object of its own.
+`eval_loss` and `eval_bits_per_byte` to its step's object or writes an object of its own; with FP8
+also `fp8/PRODUCT/OPERAND/STATISTIC`, PRODUCT by its layer's attribute, OPERAND one of input, weight
+and gradient, STATISTIC one of underflow, saturation, log2_scale_mean and log2_scale_std.
 """
 
 import contextlib

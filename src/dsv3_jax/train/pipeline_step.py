@@ -28,6 +28,8 @@ from dsv3_jax.parallel.pipeline.stages import (
     split_units,
 )
 from dsv3_jax.parallel.sharding import add_over
+from dsv3_jax.quant.recipe import QUANTISED, make_recipe
+from dsv3_jax.quant.scaled_array import is_scaled
 from dsv3_jax.train.layout import Layout, compute_params
 from dsv3_jax.train.loss import CHUNK_TOKENS, Losses, make_targets, masked_sums, term_weights
 from dsv3_jax.train.pipeline_head import (
@@ -172,16 +174,26 @@ def make_pipeline(layout: Layout) -> Pipeline:
         model.num_dense_layers, model.num_moe_layers, model.num_nextn_predict_layers, stages
     )
     tables = make_stage_tables(schedule.layout, units)
+    recipe = make_recipe(config.precision.recipe)
+    kept = KEPT[config.train.remat] | set(config.train.keep)
+    if "attention_output" in kept and recipe.rules:
+        kept |= {"attention_residual"}  # which o_proj makes of the unrounded one
     return Pipeline(
         layout,
         lower_schedule(schedule),
         tables,
         Units(
             layout,
-            KEPT[config.train.remat] | set(config.train.keep),
+            kept,
             LATE if parallel.late_weight_gradients else frozenset(),
+            frozenset(recipe.kept) - {"expert_rows"},  # whose values FP8 holds as they are
         ),
-        StageWeights(tables, layout.placements, model.vocab_size),
+        StageWeights(
+            tables,
+            layout.placements,
+            model.vocab_size,
+            QUANTISED if recipe.rules else frozenset(),
+        ),
     )
 
 
@@ -255,7 +267,9 @@ class _Run:
             pool(arrays.residual_slots, kept),
             pool(arrays.weight_slots, products) if is_split else {},
         )
-        gradients = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), self.weights)
+        gradients = jax.tree.map(
+            lambda w: jnp.zeros(w.shape, jnp.float32), self.weights, is_leaf=is_scaled
+        )
         zero = jnp.zeros((), jnp.float32)
         return buffers, Sums(gradients, jnp.zeros((streams,)), zero, jnp.zeros_like(self.biases))
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model.rope import Rotary, rotary
 from dsv3_jax.parallel.pipeline.stages import UnitKind
 from dsv3_jax.parallel.tape import Inputs, Player, Recorder, Tape
+from dsv3_jax.quant.scaled_array import joined, trained, untrained, with_handles
 from dsv3_jax.train.layout import Layout
 from dsv3_jax.train.pipeline_weights import RankWeights, rows_of_state
 
@@ -119,13 +120,15 @@ class UnitGradients(NamedTuple):
 class Units:
     """The model's units on one rank of a pipeline, inside shard_map.
 
-    `kept` are names of tensors that a forward hands to its backward, `late` names of products whose
-    weight gradients a split backward leaves for later.
+    `kept` are names of tensors that a forward hands to its backward, `rounded` those of them that
+    it rounds for that; `late` are names of products whose weight gradients a split backward leaves
+    for later.
     """
 
     layout: Layout
     kept: frozenset[str]
     late: frozenset[str]
+    rounded: frozenset[str] = frozenset()
 
     @property
     def depths(self) -> int:
@@ -142,10 +145,10 @@ class Units:
         at = {"block": rows.block, "moe": rows.block, "dense": rows.dense}
         at["mtp"] = jnp.int32(kind - UnitKind.MTP)
         return {
-            group: {
-                name: jax.lax.dynamic_index_in_dim(leaf, at[group], keepdims=False)
-                for name, leaf in weights[group].items()
-            }
+            group: jax.tree.map(
+                lambda leaf, i=at[group]: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False),
+                weights[group],
+            )
             for group in GROUPS[UnitKind(min(kind, UnitKind.MTP))]
         }
 
@@ -248,17 +251,27 @@ class Units:
         d_x, d_ahead = gradient
         return made, UnitGradients(weights, d_x, d_ahead, products)
 
+    def _saved(self, of: Backward) -> dict[str, Array]:
+        """What backward reads. An MTP module has a norm after its layer: nothing that was rounded
+        may stand in for what leads to that."""
+        if of.kind < UnitKind.MTP or not self.rounded:
+            return of.saved
+        return {k: v for k, v in of.saved.items() if k.split(":")[0] not in self.rounded}
+
     def _pulls(self, of: Backward) -> list[Callable]:
         """For each part, from the gradient of what it gives to those of weights, probes and what it
         gets."""
         zeros = jax.tree.map(lambda probe: jnp.zeros(probe.shape, probe.dtype), of.probes)
-        state, pulls = (of.saved[INPUT], of.micro_batch.ahead), []
+        fixed, weights = untrained(of.weights), trained(with_handles(of.weights))
+        saved = self._saved(of)
+        state, pulls = (saved[INPUT], of.micro_batch.ahead), []
         for number in range(PARTS):
 
             def part(weights, probes, state, number=number):
-                return self.parts(of, Player(of.saved, probes))[number](weights, state)
+                weights = joined(fixed, weights)
+                return self.parts(of, Player(saved, probes))[number](weights, state)
 
-            state, pull = jax.vjp(part, of.weights, zeros, state)
+            state, pull = jax.vjp(part, weights, zeros, state)
             pulls.append(pull)
         return pulls
 
@@ -269,14 +282,18 @@ class Units:
     ) -> RankWeights:
         """The weight gradients of late products, from their dy."""
 
+        fixed, weights = untrained(of.weights), trained(with_handles(of.weights))
+        saved = self._saved(of)
+
         def outputs(weights):
-            tape = Inputs(of.saved, frozenset(products))
-            state = (of.saved[INPUT], of.micro_batch.ahead)
+            weights = joined(fixed, weights)
+            tape = Inputs(saved, frozenset(products))
+            state = (saved[INPUT], of.micro_batch.ahead)
             for part in self.parts(of, tape):
                 state = part(weights, state)
             return tape.outputs
 
-        return jax.vjp(outputs, of.weights)[1](products)[0]
+        return jax.vjp(outputs, weights)[1](products)[0]
 
 
 def _meet[S, G](state: S, gradient: G) -> tuple[S, G]:

@@ -8,6 +8,7 @@ ones; the transpose adds up the gradients of both.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,11 +20,13 @@ from jaxtyping import Array, Float, Int32
 
 from dsv3_jax.parallel.mesh import PIPE_AXIS
 from dsv3_jax.parallel.pipeline.stages import StageTables
+from dsv3_jax.parallel.quantised_shards import quantise_shard
 from dsv3_jax.parallel.sharding import VOCABULARY, Placement, add_over
+from dsv3_jax.quant.scaled_array import ScaledArray
 
 Path = tuple[str, ...]
-RankWeights = dict[str, dict[Path, Array]]
-"""Arrays by group and path in the layer:
+RankWeights = dict[str, dict[Path, Any]]
+"""Arrays, or FP8 `ScaledArray`s, by group and path in the layer:
 
     block    norms and attention, [rows, ...]               of every layer
     moe      router, experts, shared experts, [rows, ...]   of MoE layers and MTP modules
@@ -59,6 +62,8 @@ class StageWeights:
     tables: StageTables
     placements: nnx.State
     vocab_size: int
+    quantised: frozenset[str] = frozenset()
+    """Attributes whose matrices are computed with in FP8."""
 
     @property
     def ranks(self) -> int:
@@ -70,7 +75,10 @@ class StageWeights:
         return -(-self.vocab_size // self.ranks)
 
     def gather(self, shards: nnx.State) -> RankWeights:
-        """This rank's weights in the dtype of the stored shards."""
+        """This rank's weights in the dtype of the shards, FP8 where they are quantised."""
+        return self._gather(shards, self.quantised)
+
+    def _gather(self, shards: nnx.State, quantised: frozenset[str]) -> RankWeights:
         parts: dict[tuple[str, Path], list[tuple[Array, Placement]]] = {}
         placements = jax.tree.leaves(
             self.placements, is_leaf=lambda leaf: isinstance(leaf, Placement)
@@ -81,6 +89,8 @@ class StageWeights:
         result: RankWeights = {}
         for (group, names), found in parts.items():
             gather = self._gather_whole if group == "whole" else self._gather_rows
+            if not quantised.isdisjoint(names):
+                gather = self._gather_quantised
             result.setdefault(group, {})[names] = gather(group, names, found)
         return result
 
@@ -99,6 +109,22 @@ class StageWeights:
             dim = placement.pipe_dim + 1
             mine = jax.lax.all_to_all(picked, PIPE_AXIS, 0, dim, tiled=True)[0]
         return placement.gather_tokens(mine)
+
+    def _gather_quantised(
+        self, group: str, names: Path, found: list[tuple[Array, Placement]]
+    ) -> ScaledArray:
+        """What is quantised where it is stored, and sent in 8 bits."""
+        placement = found[0][1]
+        parts = [quantise_shard(shard, placement) for shard, _ in found]
+        as_bytes = [jax.lax.bitcast_convert_type(part.values, jnp.uint8) for part in parts]
+        scale = jnp.concatenate([part.scale for part in parts])
+        shards = [(shard, placement) for shard in as_bytes]
+        values = jax.lax.bitcast_convert_type(
+            self._gather_rows(group, names, shards), parts[0].values.dtype
+        )
+        table = self._table(group, scale.shape[0])
+        mine = scale[jnp.asarray(table)[jax.lax.axis_index(PIPE_AXIS)]]
+        return ScaledArray(values, mine, parts[0].tile)
 
     def _table(self, group: str, count: int) -> Int32[np.ndarray, "ranks rows"]:
         """The rows of the stacked layers that each rank takes."""
@@ -124,7 +150,8 @@ class StageWeights:
     def reduce(self, gradients: RankWeights, shards: nnx.State) -> nnx.State:
         """The stored shards of the gradients summed over all devices, of the shapes of `shards`."""
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shards)
-        (transposed,) = jax.linear_transpose(self.gather, abstract)(gradients)
+        gather = partial(self._gather, quantised=frozenset())
+        (transposed,) = jax.linear_transpose(gather, abstract)(gradients)
 
         def add(gradient, placement):
             missing = placement.axes if placement.dim is None else ()

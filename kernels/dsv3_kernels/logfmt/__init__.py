@@ -1,0 +1,1 @@
+"""Values as signs and evenly spaced logarithms, for the combine."""

@@ -1,0 +1,1 @@
+"""Values in 8 bits with a scale for each tile."""

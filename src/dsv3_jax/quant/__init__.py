@@ -1,0 +1,1 @@
+"""Low precision: formats, what of the model is in which, and products that follow it."""

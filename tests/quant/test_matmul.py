@@ -1,0 +1,357 @@
+"""Products by rule: results and gradients against float64 products of operands rounded by hand."""
+
+import functools
+from dataclasses import dataclass, replace
+from math import ceil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.quant.matmul import QuantisedProduct
+from dsv3_jax.quant.recipe import PUBLISHED, RULES
+from dsv3_jax.quant.scaled_array import joined, quantise, trained, untrained, with_handles
+from tests.kernels.test_quantize import (
+    BLOCK,
+    E4M3,
+    E5M2,
+    ROW,
+    dequantised_by_hand,
+    quantised_by_hand,
+)
+from tests.quant.test_formats import E5M6
+
+TOKENS, IN, OUT = 150, 130, 256
+"""Tiles that are not whole along every sum but that over OUT."""
+EXPERTS = 2
+FP32_ROUNDING = 1e-5
+"""Relative, in the Frobenius norm: 2e-7 was measured."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What becomes of a tensor in tiles of its last two dims; one scale for all without a tile."""
+
+    tile: tuple[int, int] | None = ROW
+    power_of_two: bool = False
+    magnitudes: str = "E4M3"
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        magnitudes = {"E4M3": E4M3, "E5M2": E5M2, "E5M6": E5M6}[self.magnitudes]
+        tile = self.tile or x.shape[-2:]
+        values, scale = quantised_by_hand(x, tile, magnitudes, self.power_of_two)
+        return dequantised_by_hand(values, scale, tile)
+
+
+ROWS, BLOCKS, WHOLE = Rounding(), Rounding(BLOCK), Rounding(None)
+EXACT = Rounding(power_of_two=True)
+IN_E5M6 = Rounding(power_of_two=True, magnitudes="E5M6")
+IN_E5M2 = Rounding(magnitudes="E5M2")
+
+
+def none(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """The report's recipe for one product; what is transposed for Wgrad is rounded after that."""
+
+    x: Rounding = ROWS
+    weight: Rounding = BLOCKS
+    dy: Rounding = ROWS
+    kept: object = ROWS
+    x_columns: object = ROWS
+    dy_columns: object = ROWS
+
+
+ORDINARY = ByHand()
+PUBLISHED_BY_HAND = dict.fromkeys(
+    ["q_a_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "up_proj"], ORDINARY
+) | {
+    "o_proj": ByHand(x=EXACT, kept=IN_E5M6, x_columns=EXACT),
+    "mlp_down_proj": ByHand(kept=none),
+    "gate_up_proj": ByHand(x=EXACT, kept=EXACT, x_columns=EXACT),
+    "down_proj": ByHand(kept=none, dy=EXACT, dy_columns=EXACT),
+}
+CHANGES = {
+    "published": {},
+    "per_tensor_scales": dict.fromkeys(["x", "weight", "dy", "x_columns", "dy_columns"], WHOLE),
+    "block_gradients": dict.fromkeys(["dy", "x_columns", "dy_columns"], BLOCKS),
+    "e5m2_gradients": dict.fromkeys(["dy", "dy_columns"], IN_E5M2),
+}
+KINDS = ["q_proj", "o_proj", "gate_up_proj", "down_proj", "mlp_down_proj"]
+"""One product of each rule."""
+
+
+def rule_by_hand(rules: str, name: str) -> ByHand:
+    return replace(PUBLISHED_BY_HAND[name], **CHANGES[rules])
+
+
+def swap(x: np.ndarray) -> np.ndarray:
+    return np.swapaxes(x, -1, -2)
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a b^T"""
+    return a.astype(np.float64) @ swap(b).astype(np.float64)
+
+
+def by_hand(hand: ByHand, x: np.ndarray, weight: np.ndarray, dy: np.ndarray) -> dict:
+    """y = x W^T, dx = dy W, dW = dy^T x."""
+    rounded_weight = hand.weight(weight)
+    return dict(
+        y=product(hand.x(x), rounded_weight),
+        dx=product(hand.dy(dy), swap(rounded_weight)),
+        dw=product(hand.dy_columns(swap(dy)), hand.x_columns(swap(hand.kept(x)))),
+    )
+
+
+@functools.cache
+def tensor(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Rows and columns of different size, so that each way to take tiles rounds otherwise."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.uniform(-2, 2, (*shape[:-1], 1)) + rng.uniform(-2, 2, shape[-1:])
+    return (rng.standard_normal(shape) * np.exp2(sizes)).astype(np.float32)
+
+
+def operands(*batch: int) -> tuple[np.ndarray, ...]:
+    shapes = [(TOKENS, IN), (OUT, IN), (TOKENS, OUT)]
+    return tuple(tensor((*batch, *shape), seed) for seed, shape in enumerate(shapes))
+
+
+QUICKLY = {"xla_backend_optimization_level": 0}
+"""Half the time to compile, which is most of these tests' time."""
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+def run(rule, x, weight, dy) -> dict:
+    y, pull_back = jax.vjp(QuantisedProduct(rule), x, weight)
+    dx, dw = pull_back(dy)
+    return dict(y=y, dx=dx, dw=dw)
+
+
+def error(found: jax.Array, expected: np.ndarray) -> float:
+    found = np.asarray(found).astype(np.float64)
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    for name in expected:
+        assert error(found[name], expected[name]) <= FP32_ROUNDING, name
+
+
+def test_every_product_is_here():
+    assert PUBLISHED_BY_HAND.keys() == PUBLISHED.keys()
+    assert CHANGES.keys() == RULES.keys()
+    assert all(rules.keys() == PUBLISHED.keys() for rules in RULES.values())
+    assert RULES["published"] is PUBLISHED
+
+
+@functools.cache
+def computed(rules: str, name: str) -> dict:
+    """Once for all products with the same rule."""
+    rule = RULES[rules][name]
+    first = next(other for other in RULES[rules] if RULES[rules][other] == rule)
+    if first != name:
+        return computed(rules, first)
+    return jax.tree.map(np.asarray, run(rule, *map(jnp.asarray, operands())))
+
+
+@functools.cache
+def expected_of(hand: ByHand) -> dict:
+    return by_hand(hand, *operands())
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", PUBLISHED_BY_HAND)
+def test_result_and_gradients(rules, name):
+    assert_close(computed(rules, name), expected_of(rule_by_hand(rules, name)))
+
+
+@pytest.mark.parametrize(
+    ("rules", "name"),
+    [
+        ("published", "gate_up_proj"),
+        ("published", "down_proj"),
+        ("per_tensor_scales", "down_proj"),
+        ("block_gradients", "gate_up_proj"),
+    ],
+)
+def test_of_stacked_matrices(rules, name):
+    arrays = operands(EXPERTS)
+    found = run(RULES[rules][name], *map(jnp.asarray, arrays))
+    assert_close(found, by_hand(rule_by_hand(rules, name), *arrays))
+
+
+WRONG = {
+    "x in rows for Wgrad": dict(x_columns=none),
+    "x not in 8 bits until Wgrad": dict(kept=none),
+    "x of Wgrad as Fprop's": dict(kept=none, x_columns=none),
+    "dy in rows for Wgrad": dict(dy_columns=lambda dy: swap(ROWS(swap(dy)))),
+    "dy rounded twice for Wgrad": dict(dy_columns=lambda dy: ROWS(swap(ROWS(swap(dy))))),
+    "dy not rounded": dict(dy=none),
+    "W in rows": dict(weight=ROWS),
+    "x with other scales": dict(x=BLOCKS),
+    "dy with other scales": dict(dy=EXACT),
+    "E5M2": dict(dy_columns=IN_E5M2),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_in_the_recipe_would_be_detected(mistake):
+    with pytest.raises(AssertionError):
+        assert_close(computed("published", "q_proj"), expected_of_wrong(WRONG[mistake]))
+
+
+def expected_of_wrong(changes: dict, name: str = "q_proj") -> dict:
+    return by_hand(replace(PUBLISHED_BY_HAND[name], **changes), *operands())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("o_proj", dict(kept=EXACT)),
+        ("o_proj", dict(kept=none)),
+        ("o_proj", dict(x=IN_E5M6)),
+        ("o_proj", dict(x=ROWS)),
+        ("o_proj", dict(x_columns=ROWS)),
+        ("gate_up_proj", dict(kept=ROWS)),
+        ("gate_up_proj", dict(x_columns=ROWS)),
+        ("down_proj", dict(kept=ROWS)),
+        ("down_proj", dict(dy=ROWS)),
+        ("down_proj", dict(dy_columns=ROWS)),
+        ("mlp_down_proj", dict(kept=ROWS)),
+        ("mlp_down_proj", dict(dy=EXACT)),
+    ],
+)
+def test_the_exceptions_are_told_from_the_ordinary(name, changes):
+    with pytest.raises(AssertionError):
+        assert_close(computed("published", name), expected_of_wrong(changes, name))
+
+
+def test_two_scales_swapped_would_be_detected():
+    x, weight, dy = operands()
+    values, scale = quantised_by_hand(weight, BLOCK, E4M3, power_of_two=False)
+    swapped = dequantised_by_hand(values, scale[::-1], BLOCK)
+    hand = replace(ORDINARY, weight=lambda _: swapped)
+    for name, expected in by_hand(hand, x, weight, dy).items():
+        is_close = error(computed("published", "q_proj")[name], expected) <= FP32_ROUNDING
+        assert is_close == (name == "dw")
+
+
+def test_a_flip_of_powers_of_two_adds_no_rounding():
+    """What dispatch has brought in rows is Wgrad's operand as it is."""
+    assert_close(
+        computed("published", "gate_up_proj"),
+        expected_of_wrong(dict(x_columns=none), "gate_up_proj"),
+    )
+
+
+def test_activations_of_any_rank():
+    x, weight, dy = map(jnp.asarray, operands())
+    shaped = run(PUBLISHED["q_proj"], x.reshape(3, 50, IN), weight, dy.reshape(3, 50, OUT))
+    assert shaped["y"].shape == (3, 50, OUT) and shaped["dx"].shape == (3, 50, IN)
+    flat = {name: array.reshape(-1, array.shape[-1]) for name, array in shaped.items()}
+    assert_close(flat, expected_of(ORDINARY))
+
+
+def test_results_are_in_the_dtype_of_x_and_gradients_in_their_own():
+    x, weight, dy = (jnp.asarray(array, jnp.bfloat16) for array in operands())
+    expected = by_hand(ORDINARY, *(np.asarray(a, np.float32) for a in (x, weight, dy)))
+    for dtype in (jnp.bfloat16, jnp.float32):
+        found = run(PUBLISHED["q_proj"], x, weight.astype(dtype), dy)
+        assert [found[name].dtype for name in ("y", "dx", "dw")] == [x.dtype, x.dtype, dtype]
+        assert error(found["y"], expected["y"]) < 3e-3 > error(found["dx"], expected["dx"])
+        assert error(found["dw"], expected["dw"]) < (3e-3 if dtype == x.dtype else FP32_ROUNDING)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("q_proj", ()), ("down_proj", (EXPERTS,))])
+def test_a_weight_in_8_bits_gives_the_same_and_a_gradient_by_its_handle(name, batch):
+    arrays = operands(*batch)
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def with_handle(x, weight, dy):
+        in_8_bits = with_handles(quantise(weight))
+        rest = untrained(in_8_bits)
+
+        def product(x, handle):
+            return QuantisedProduct(PUBLISHED[name])(x, joined(rest, handle))
+
+        y, pull_back = jax.vjp(product, x, trained(in_8_bits))
+        dx, dw = pull_back(dy)
+        return dict(y=y, dx=dx, dw=dw)
+
+    found = with_handle(*map(jnp.asarray, arrays))
+    assert found["dw"].dtype == jnp.float32
+    assert_close(found, by_hand(PUBLISHED_BY_HAND[name], *arrays))
+
+
+def test_a_weight_in_8_bits_without_a_handle_is_a_constant():
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def without_handle(x, weight, dy):
+        in_8_bits = quantise(weight)
+        y, pull_back = jax.vjp(QuantisedProduct(PUBLISHED["q_proj"]), x, in_8_bits)
+        dx, of_weight = pull_back(dy)
+        assert of_weight.handle is None
+        return dict(y=y, dx=dx), jax.tree.leaves(of_weight)
+
+    found, of_weight = without_handle(*map(jnp.asarray, operands()))
+    expected = expected_of(ORDINARY)
+    assert_close(found, {name: expected[name] for name in found})
+    assert not any(np.any(np.asarray(leaf, np.float32)) for leaf in of_weight)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("name", KINDS)
+def test_zeros_give_zeros(name, which):
+    arrays = [jnp.asarray(array) for array in operands()]
+    arrays[which] = jnp.zeros_like(arrays[which])
+    found = run(PUBLISHED[name], *arrays)
+    zero = [("y", "dw"), ("y", "dx"), ("dx", "dw")][which]
+    for result, array in found.items():
+        assert np.all(np.isfinite(array)) and np.any(array) == (result not in zero), result
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_overflowed_gives_something_finite(name):
+    """Weights and gradients below 1/8, zeros among them, so that no sum overflows by itself."""
+    x, weight, dy = (np.clip(array, -1, 1) / 8 for array in operands())
+    x[3, 7], dy[5, 9] = np.inf, -np.inf
+    weight[:, 7:9], weight[9], dy[3, :2] = weight[:, 7:9] / 64, weight[9] / 64, 0
+    x[5, :2] = 0
+    weight[4] = 0
+    for result, array in run(PUBLISHED[name], *map(jnp.asarray, (x, weight, dy))).items():
+        assert np.all(np.isfinite(array)), result
+
+
+@pytest.mark.parametrize("rules", ["published", "per_tensor_scales"])
+def test_output_features_that_fill_no_tile(rules):
+    x, weight, dy = tensor((5, 130), 0), tensor((200, 130), 1), tensor((5, 200), 2)
+    found = run(RULES[rules]["q_proj"], *map(jnp.asarray, (x, weight, dy)))
+    assert_close(found, by_hand(rule_by_hand(rules, "q_proj"), x, weight, dy))
+
+
+KEPT_BYTES = {
+    "q_proj": lambda rows, columns: rows * (columns + 4 * ceil(columns / 128)),
+    "o_proj": lambda rows, columns: rows * (columns * 3 // 2 + ceil(columns / 128)),
+    "gate_up_proj": lambda rows, columns: rows * (columns + ceil(columns / 128)),
+    "down_proj": lambda rows, columns: rows * columns * 2,
+    "mlp_down_proj": lambda rows, columns: rows * columns * 2,
+}
+"""In BF16 where a down projection's input is made again, and so not kept by the model."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bytes_that_wait_for_backward(name):
+    """All arrays of the pullback: of x, and of the weight its 8 bits and FP32 scales."""
+
+    def waiting(x, weight):
+        return jax.tree.leaves(jax.vjp(QuantisedProduct(PUBLISHED[name]), x, weight)[1])
+
+    x, weight, _ = (jnp.asarray(array, jnp.bfloat16) for array in operands())
+    of_weight = OUT * IN + 4 * ceil(OUT / 128) * ceil(IN / 128)
+    found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(waiting, x, weight))
+    assert found - of_weight == KEPT_BYTES[name](TOKENS, IN)
