@@ -2,8 +2,8 @@
 
     python experiments/precision/run.py        every run, a quarter of an hour each on two cores
 
-Widths are multiples of 128, so that every tile and block of the FP8 recipe is whole. A step is 512
-tokens, a run 1,000 steps; the learning rate warms up and stays.
+Widths are multiples of 128, so that every tile and block of the FP8 recipe is whole. A step is
+1,024 tokens, a run 1,000 steps; the learning rate decays as published.
 """
 
 from dsv3_jax.config import (
@@ -45,13 +45,13 @@ def config() -> RunConfig:
         train=TrainConfig(
             name="precision",
             steps=1000,
-            batch_size=4,
+            batch_size=8,
             eval_every=1000,
             eval_batches=64,
             scan_layers=False,
         ),
         optimizer=OptimizerConfig(
-            schedule="constant", peak_learning_rate=2e-3, warmup_steps=100, moment_dtype="bfloat16"
+            schedule="published", peak_learning_rate=1e-3, warmup_steps=100, moment_dtype="bfloat16"
         ),
         loss=LossConfig(bias_update_rate=0.002),
         precision=PrecisionConfig(recipe="bf16"),

@@ -44,7 +44,7 @@ WORST_BF16 = 0.1
 """The same; 3e-2 measured, of a router whose gradient the balance loss alone makes."""
 
 FP8_PIPELINES = ("fp8, dualpipe", "fp8, zb1p, remat full")
-MTP_EXPERTS = ("model.layers.4.mlp.experts", "model.layers.4.mlp.shared_experts")
+MTP_EXPERTS = "model.layers.4.mlp.experts."
 WORST_FP8 = 0.1
 """0.031 measured."""
 FP8_MESHES = ("fp8, dualpipe, two hops", "fp8, data 2, node 2, gpu 2")
@@ -98,12 +98,12 @@ def test_a_pipeline_in_bf16_is_close_to_one_device():
 
 @pytest.mark.slow
 def test_fp8_pipelines_compute_what_one_device_does():
-    """The last layer to the last bits. Further down a value in a thousand rounds to another of FP8,
-    for differences in FP32's last place, and that grows."""
+    """The last layer's experts to the last bits. Further down a value in a thousand rounds to
+    another of FP8, for differences in FP32's last place, and that grows."""
     found = mesh_errors(FP8_PIPELINES)
     for name, errors in found.items():
         of_mtp = {key: e for key, e in errors.items() if key.startswith(MTP_EXPERTS)}
-        assert len(of_mtp) == 3 * (8 + 1) and max(of_mtp.values()) <= WORST, (name, of_mtp)
+        assert len(of_mtp) == 3 * 8 and max(of_mtp.values()) <= WORST, (name, of_mtp)
         assert errors["loss"] <= WORST and max(errors.values()) <= WORST_FP8, (name, errors)
 
 

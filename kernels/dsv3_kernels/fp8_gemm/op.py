@@ -7,19 +7,17 @@ input gradient     dx [m, n]  = dy in rows       weight^T in blocks
 weight gradient    dw [m, n]  = dy^T in rows     x^T in rows          (128x1 of dy and x)
 """
 
+import importlib
 from functools import partial
+from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dsv3_kernels.fp8_gemm import mosaic_sm90, reference
+from dsv3_kernels.fp8_gemm import reference
 
-IMPLEMENTATIONS = {
-    "reference": reference.gemm,
-    "xla": reference.gemm_dequantised,
-    "mosaic": mosaic_sm90.gemm,
-}
+IMPLEMENTATIONS = ("reference", "xla", "mosaic")
 
 
 # Jitted, so that each shape is traced and lowered once in a program: a kernel takes 0.3 s.
@@ -50,15 +48,22 @@ def fp8_gemm(
     _require_tiles("a", a.shape, a_scale.shape, rows=(a.shape[-2],))
     _require_tiles("b", b.shape, b_scale.shape, rows=(b.shape[-2], -(-b.shape[-2] // 128)))
     operands = a, a_scale, b, b_scale
-    if implementation is not None:
-        return IMPLEMENTATIONS[implementation](*operands, out_dtype)
-    if mosaic_sm90.unsupported(*operands, out_dtype):
-        return reference.gemm_dequantised(*operands, out_dtype)
-    return jax.lax.platform_dependent(
-        *operands,
-        cuda=partial(mosaic_sm90.gemm, out_dtype=out_dtype),
-        default=partial(reference.gemm_dequantised, out_dtype=out_dtype),
-    )
+    if implementation == "reference":
+        return reference.gemm(*operands, out_dtype)
+    on_cpu = partial(reference.gemm_dequantised, out_dtype=out_dtype)
+    if implementation == "xla":
+        return on_cpu(*operands)
+    if implementation is None and _mosaic().unsupported(*operands, out_dtype):
+        return on_cpu(*operands)
+    kernel = partial(_mosaic().gemm, out_dtype=out_dtype)
+    if implementation == "mosaic":
+        return kernel(*operands)
+    return jax.lax.platform_dependent(*operands, cuda=kernel, default=on_cpu)
+
+
+def _mosaic() -> Any:
+    """Loaded when first asked for: it takes a second, which a start without FP8 can do without."""
+    return importlib.import_module("dsv3_kernels.fp8_gemm.mosaic_sm90")
 
 
 def _require_tiles(

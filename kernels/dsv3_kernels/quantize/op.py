@@ -4,14 +4,16 @@ quantize(x, tile)          rows 1x128, blocks 128x128, or any tile, laid out as 
 quantize_transposed(x)     columns 128x1, laid out as x^T: what a product over x's rows reads
 """
 
+import importlib
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dsv3_kernels.quantize import mosaic_sm90, reference
+from dsv3_kernels.quantize import reference
 from dsv3_kernels.quantize.reference import BLOCK, E4M3, dequantize
 
 __all__ = ["BLOCK", "E4M3", "dequantize", "quantize", "quantize_transposed"]
@@ -38,12 +40,10 @@ def quantize(
     _check(implementation)
     options = {"dtype": dtype, "power_of_two": power_of_two}
     plain = partial(reference.quantize, tile=tile, **options)
-    if implementation == "mosaic":
-        return mosaic_sm90.quantize(x, tile, **options)
-    if implementation == "reference" or mosaic_sm90.unsupported(x, tile, dtype):
+    if implementation == "reference":
         return plain(x)
-    kernel = partial(mosaic_sm90.quantize, tile=tile, **options)
-    return jax.lax.platform_dependent(x, cuda=kernel, default=plain)
+    kernel = partial(_mosaic().quantize, tile=tile, **options)
+    return _chosen(x, tile, dtype, implementation, kernel, plain)
 
 
 @partial(jax.jit, static_argnames=_STATIC[1:])
@@ -61,10 +61,21 @@ def quantize_transposed(
     def plain(x):
         return reference.quantize(jnp.swapaxes(x, -1, -2), **options)
 
-    kernel = partial(mosaic_sm90.quantize_transposed, **options)
-    if implementation == "mosaic":
+    if implementation == "reference":
+        return plain(x)
+    kernel = partial(_mosaic().quantize_transposed, **options)
+    return _chosen(x, (1, BLOCK), dtype, implementation, kernel, plain)
+
+
+def _mosaic() -> Any:
+    """Loaded when first asked for: it takes a second, which a start without FP8 can do without."""
+    return importlib.import_module("dsv3_kernels.quantize.mosaic_sm90")
+
+
+def _chosen(x: Array, tile: tuple[int, int], dtype: DTypeLike, named: str | None, kernel, plain):
+    if named == "mosaic":
         return kernel(x)
-    if implementation == "reference" or mosaic_sm90.unsupported(x, (1, BLOCK), dtype):
+    if _mosaic().unsupported(x, tile, dtype):
         return plain(x)
     return jax.lax.platform_dependent(x, cuda=kernel, default=plain)
 
