@@ -51,7 +51,7 @@ FP8_MESHES = ("fp8, dualpipe, two hops", "fp8, data 2, node 2, gpu 2")
 WORST_FP8_MESHES = 0.5
 """0.13 measured, of a latent norm's gain."""
 WORST_LOGFMT10 = 0.1
-"""0.031 measured: two hops round their partial sums, one device the sum."""
+"""0.031 measured: two hops round their partial sums, one device the sum, which tips a choice."""
 
 
 def mesh_errors(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
@@ -114,9 +114,14 @@ def test_fp8_on_other_meshes_is_close_to_one_device():
 
 
 @pytest.mark.slow
-def test_the_fp8_wire_in_a_pipeline_and_logfmt():
+def test_the_fp8_wire_in_a_pipeline():
     assert_same_step(("fp8 wire, dualpipe",))
-    assert_same_step(("logfmt10, two hops",), WORST_LOGFMT10)
+
+
+@pytest.mark.slow
+def test_logfmt_in_two_hops_is_close_to_one_device():
+    (errors,) = mesh_errors(("logfmt10, two hops",)).values()
+    assert 1e-4 < max(errors.values()) <= WORST_LOGFMT10
 
 
 def test_a_mesh_of_another_size_is_refused():
