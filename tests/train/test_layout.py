@@ -15,8 +15,9 @@ from dsv3_jax.train.layout import make_layout
 from tests.train.runs import finish, read_metrics, settings_of, start, write_run
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("data 2, node 2, gpu 2", "all to one expert, many rounds", "fp8 wire, two hops")
+QUICK = ("all to one expert, many rounds", "fp8 wire, two hops")
 MORE = (
+    "data 2, node 2, gpu 2",
     "zero 3",
     "node 2, gpu 4",
     *("gpu 2", "node 2", "data 2", "gpu 8", "node 8", "data 8", "node 4, gpu 2", "data 4, node 2"),

@@ -72,6 +72,7 @@ def statistics():
     return found, [tensors[name] for name in names]
 
 
+@pytest.mark.slow
 def test_a_weights_scales_and_underflow_are_those_counted_by_hand(statistics):
     found, weights = statistics
     assert found["fp8/q_a_proj/weight/log2_scale_mean"] == pytest.approx(10, abs=1e-6)
@@ -83,6 +84,7 @@ def test_a_weights_scales_and_underflow_are_those_counted_by_hand(statistics):
     assert found["fp8/q_a_proj/weight/saturation"] == pytest.approx(1 / size)
 
 
+@pytest.mark.slow
 def test_every_product_of_the_model_is_there(statistics):
     found, _ = statistics
     products = {name.split("/")[1] for name in found}

@@ -36,7 +36,7 @@ from dsv3_jax.parallel.dispatch_plan import (
 from dsv3_jax.parallel.tape import AUTODIFF, Product, Tape
 from dsv3_jax.parallel.wire import AS_IS, PACKINGS, UNCHANGED, Wire, pass_through
 from dsv3_jax.quant.formats import PLAIN, Codec
-from dsv3_jax.quant.recipe import IN_FP32, Recipe
+from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
 from dsv3_jax.quant.scaled_array import ScaledArray, joined, trained, untrained
 
 
@@ -120,18 +120,19 @@ class ExpertProducts:
 def expert_products(recipe: Recipe) -> ExpertProducts:
     """Those of `recipe`."""
     return ExpertProducts(
-        product_of(recipe, "gate_up_proj", _either),
-        product_of(recipe, "down_proj", _either),
+        product_of(recipe, "gate_up_proj", _multiply),
+        product_of(recipe, "down_proj", _multiply),
         recipe.codec("expert_rows"),
         recipe.codec("expert_up"),
     )
 
 
-def _either(x: Array, weight: Any) -> Array:
+def _multiply(x: Array, weight: Any) -> Array:
+    """x W^T, by matrix where they are stacked."""
     return x @ weight.T if weight.ndim == 2 else jnp.einsum("eci,eoi->eco", x, weight)
 
 
-IN_FP32_PRODUCTS = expert_products(IN_FP32)
+PLAIN_PRODUCTS = expert_products(UNQUANTISED)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class LocalDispatcher:
     one that does.
     """
 
-    products: ExpertProducts = IN_FP32_PRODUCTS
+    products: ExpertProducts = PLAIN_PRODUCTS
     wire: Wire = UNCHANGED
 
     def dispatch(self, x, experts, weights, parameters, tape=AUTODIFF):
@@ -183,7 +184,7 @@ class LocalDispatcher:
 def make_dispatcher(
     model: ModelConfig,
     parallel: ParallelConfig,
-    recipe: Recipe = IN_FP32,
+    recipe: Recipe = UNQUANTISED,
     wire: Wire = UNCHANGED,
 ) -> Dispatcher:
     """How tokens come to the experts of a mesh: not at all, in one exchange, or in two hops."""

@@ -14,7 +14,7 @@ from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.router import LoadStatistics, Router, Routing, load_statistics
 from dsv3_jax.parallel.dispatch import Dispatcher, Sent
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
-from dsv3_jax.quant.recipe import IN_FP32, Recipe
+from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
 
 
 class MoE(nnx.Module):
@@ -30,7 +30,7 @@ class MoE(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         dispatcher: Dispatcher | None = None,
-        recipe: Recipe = IN_FP32,
+        recipe: Recipe = UNQUANTISED,
     ):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         shape = {"std": config.initializer_range, "dtype": dtype, "rngs": rngs}

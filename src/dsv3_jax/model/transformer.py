@@ -19,7 +19,7 @@ from dsv3_jax.model.rope import Rotary, rotary
 from dsv3_jax.model.router import LoadStatistics
 from dsv3_jax.parallel.dispatch import Dispatcher
 from dsv3_jax.parallel.tape import AUTODIFF
-from dsv3_jax.quant.recipe import IN_FP32, Recipe
+from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
 
 GATHERED = "gathered_weights"
 """Name, for checkpoint policies, of weights that are gathered again in backward."""
@@ -59,7 +59,7 @@ class Transformer(nnx.Module):
         keep: tuple[str, ...] = (),
         scan_layers: bool = True,
         dispatcher: Dispatcher | None = None,
-        recipe: Recipe = IN_FP32,
+        recipe: Recipe = UNQUANTISED,
     ):
         if remat not in RECOMPUTE:
             raise ValueError(f"remat is {remat!r}, expected one of {', '.join(RECOMPUTE)}")

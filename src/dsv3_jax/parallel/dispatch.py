@@ -10,7 +10,8 @@ a node are added before they cross.
            <-- sum --                        <-- sum --
 
 Which row goes where is sent ahead, hop by hop (`Route`); then the rows, with their routing weights
-as further columns, so that each hop is one transfer each way.
+as further columns, so that each hop is one transfer each way. Both ways may be in fewer bits
+(parallel/wire.py).
 
 Buffers hold `capacity` rows a peer. What does not fit goes in further rounds of the same program.
 One number on which all devices agree (a pmax) says how many: none, as a rule. They come after the

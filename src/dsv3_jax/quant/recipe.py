@@ -120,8 +120,8 @@ class Recipe:
         return self.kept.get(name, PLAIN)
 
 
-IN_FP32 = Recipe()
-"""Products and activations as they are given: an FP32 model's, or of any one dtype."""
+UNQUANTISED = Recipe()
+"""Products and activations in the dtype that they are given in."""
 
 
 def make_recipe(recipe: str, rules: str = "published") -> Recipe:
