@@ -1,6 +1,6 @@
-"""The model of the precision experiment: 5.0 M active parameters of 10 M, on Python's own sources.
+"""The model of the precision experiment: 5.2 M active parameters of 8.7 M, on Python's own sources.
 
-    python experiments/precision/run.py        every run, a quarter of an hour each on two cores
+    python experiments/precision/run.py        every run, one after the other on this machine
 
 Widths are multiples of 128, so that every tile and block of the FP8 recipe is whole. A step is
 1,024 tokens, a run 1,000 steps; the learning rate decays as published.

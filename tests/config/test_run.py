@@ -366,6 +366,12 @@ def test_fp8_cuts_no_tile(assert_refused, assignment, name, value, rule):
         assert changed(*NARROW, assignment, "precision.recipe=bf16").precision.recipe == "bf16"
 
 
+def test_fp8_packs_two_values_of_o_projs_input(assert_refused):
+    odd = ("model.num_attention_heads=3", "model.v_head_dim=5")
+    name = "model.num_attention_heads x v_head_dim"
+    assert_refused(lambda: changed(*NARROW, *odd), name, 15, "an even number")
+
+
 def test_fp8_dispatch_alone_needs_whole_rows(assert_refused):
     alone = "precision.dispatch=fp8"
     refused = ("model.hidden_size=192", alone)

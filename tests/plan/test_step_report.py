@@ -109,6 +109,7 @@ def test_the_671b_step_fits_2048_h800():
     [
         (("--gpu=a100", "--hosts=2"), "gpu is 'a100', expected one of h100, h200, h800, b200"),
         (("--gpu=h800", "--hosts=3"), "x gpu = 1 x 1 x 2 x 8 = 16 GPUs: --hosts 2"),
+        (("--gpu=b200", "--hosts=2", "--set=precision.recipe=fp8"), "NVIDIA B200 (compute capa"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, message):

@@ -64,11 +64,14 @@ class RunConfig:
         is_fp8 = precision.recipe == "fp8"
         widths = {"model.hidden_size": model.hidden_size}
         if is_fp8:
+            name = "model.num_attention_heads x v_head_dim"
             values = model.num_attention_heads * model.v_head_dim
+            rule = "an even number: FP8 keeps o_proj's input in E5M6, two values in three bytes"
+            require(values % 2 == 0, name, values, rule)
             widths |= {
                 "model.q_lora_rank": model.q_lora_rank or 0,
                 "model.kv_lora_rank": model.kv_lora_rank,
-                "model.num_attention_heads x v_head_dim": values,
+                name: values,
             }
             if model.num_dense_layers:
                 widths["model.intermediate_size"] = model.intermediate_size

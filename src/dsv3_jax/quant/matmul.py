@@ -21,7 +21,7 @@ class QuantisedProduct:
     """x W^T for x [..., in] and W [out, in], or by matrix for x [E, rows, in] and W [E, out, in].
 
     The result is in x's dtype, the gradient of W in W's. A W that is quantised already is a
-    constant; `with_handle` gives it a gradient.
+    constant; `with_handles` gives it a gradient.
     """
 
     rule: ProductRule

@@ -20,6 +20,8 @@ from dsv3_jax.quant.recipe import QUANTISED, make_recipe
 from dsv3_jax.train.optimizer import Moments
 from dsv3_jax.train.state import TrainState, build_model, init_state, split_model
 
+HOPPER = "9.0"
+"""Compute capability of the GPUs that dsv3_kernels' FP8 kernels are for."""
 ROWS = PartitionSpec(None, TOKEN_AXES)
 """Of arrays [accumulation, part, tokens]: every device has its sequences of each part."""
 
@@ -182,15 +184,26 @@ def make_layout(
     """The layout of a run over `devices` (None: all there are); nothing is allocated.
 
     `model` gives another structure than the config's, such as one with a module swapped. Raises
-    ValueError where the mesh needs another number of devices.
+    ValueError where the mesh needs another number of devices, or the recipe another GPU.
     """
     mesh = make_mesh(config.parallel, devices)
+    _require_gpu_of_recipe(config.precision.recipe, mesh.devices.flat[0])
     if model is None:
         model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(config.train.seed)))
     graph, params, bias = split_model(model)
     state = jax.eval_shape(lambda *parts: init_state(config.optimizer, *parts), params, bias)
     placements = jax.tree.map_with_path(lambda path, leaf: place(path, leaf.shape, mesh), params)
     return Layout(config, mesh, graph, state, placements)
+
+
+def _require_gpu_of_recipe(recipe: str, device: Any) -> None:
+    """ValueError for FP8 on a GPU whose tensor cores its kernels do not know."""
+    if recipe != "fp8" or device.platform != "gpu" or device.compute_capability == HOPPER:
+        return
+    raise ValueError(
+        f"precision.recipe is 'fp8', expected bf16 or fp32 on {device.device_kind} (compute"
+        f" capability {device.compute_capability}): the FP8 kernels are for {HOPPER}, Hopper"
+    )
 
 
 def compute_params(params: nnx.State, recipe: str) -> nnx.State:
