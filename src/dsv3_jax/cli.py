@@ -117,7 +117,11 @@ def parser() -> Parser:
         default=0,
         help="of the first prompt, counted up for the others (default 0)",
     )
-    _add_dtype(generate)
+    generate.add_argument(
+        "--dtype",
+        default="float32",
+        help="float32 (default), bfloat16, or float8_e4m3fn: weights and their products in FP8",
+    )
 
     importing = command("import", run_import, "Make a run directory of a Hugging Face checkpoint.")
     importing.add_argument("source", help="a Hugging Face directory")
@@ -173,10 +177,6 @@ def _add_set(command: Parser) -> None:
         metavar="SECTION.FIELD=VALUE",
         help="change the config; repeatable, e.g. --set train.steps=200",
     )
-
-
-def _add_dtype(command: Parser) -> None:
-    command.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
 
 
 def run_train(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dsv3_jax.config.checks import require, require_one_of
 from dsv3_jax.data.tokenizer import load_tokenizer, tokenizer_config
 from dsv3_jax.export.block_fp8 import dequantise, quantise
 from dsv3_jax.export.config_json import hub_config
+from dsv3_jax.export.fp8_weights import FP8_WEIGHTS, model_structure
 from dsv3_jax.export.hub_directory import (
     CONFIG,
     FP8,
@@ -32,9 +33,10 @@ from dsv3_jax.export.new_directory import new_directory, require_new
 from dsv3_jax.export.safetensors_io import DTYPES, read_ahead, read_tensor, stored_bytes, write_file
 from dsv3_jax.model.linear import BlockScale
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.quant.scaled_array import is_scaled
 
-MODEL_DTYPES = ("float32", "bfloat16", "float16")
-SAVED_WEIGHTS = {"bfloat16": "BF16", "float32": "F32", "float8_e4m3fn": FP8}
+MODEL_DTYPES = ("float32", "bfloat16", "float16", FP8_WEIGHTS)
+SAVED_WEIGHTS = {"bfloat16": "BF16", "float32": "F32", FP8_WEIGHTS: FP8}
 MAX_SHARD_BYTES = 5 * 10**9
 """Near the size of the released shards, 4.3 GB."""
 LAYERS_WITH_INLINE_MTP = 61
@@ -50,18 +52,21 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 
+SCALED_PARTS = ("values", "scale")
+"""Of a `ScaledArray`."""
 TensorPath = tuple[str, ...]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Hub name to the dtype and shape that a file has."""
 
 
 def load_hf(path: str | Path, dtype: str = "float32") -> Transformer:
-    """The model in a Hugging Face directory, its weights in `dtype` (float32, bfloat16, float16).
+    """The model in a Hugging Face directory, its weights in `dtype`, one of `MODEL_DTYPES`.
 
     Block-FP8 weights are dequantised in FP32, then cast; their scales stay beside them, as
-    `BlockScale`, so that `save_hf` can give the same bytes back. The selection bias is FP32 always.
-    Host memory, the model's own apart, holds three tensors at most. MTP modules must share the main
-    model's embedding and head: copies with other values are an error.
+    `BlockScale`, so that `save_hf` can give the same bytes back. For float8_e4m3fn they stay as
+    they are, and others of the same products are quantised (see `fp8_weights`). The selection bias
+    is FP32 always. Host memory, the model's own apart, holds three tensors at most. MTP modules
+    must share the main model's embedding and head: copies with other values are an error.
 
     Raises ValueError, before anything large is allocated, for whatever is wrong with the directory.
     """
@@ -69,12 +74,17 @@ def load_hf(path: str | Path, dtype: str = "float32") -> Transformer:
     directory = Path(path)
     require(directory.is_dir(), "path", str(path), "a Hugging Face checkpoint directory")
     checkpoint = open_hub_checkpoint(directory)
-    graph, structure, arrays = _allocate(checkpoint, jnp.dtype(dtype))
+    graph, structure, arrays = _allocate(checkpoint, dtype)
     values_ahead = read_ahead(tensor.values for tensor in checkpoint.tensors)
     for tensor, values in zip(checkpoint.tensors, values_ahead, strict=True):
         entry = tensor.entry
-        if tensor.scale is not None:
-            scale = read_tensor(tensor.scale)
+        scale = None if tensor.scale is None else read_tensor(tensor.scale)
+        if dtype == FP8_WEIGHTS and entry.storage == "quantised":
+            parts = quantise(values) if scale is None else (values, scale)
+            for part, array in zip(SCALED_PARTS, parts, strict=True):
+                _put(arrays, (*entry.path, part), entry.index, array)
+            continue
+        if scale is not None:
             _put(arrays, entry.scale_path, entry.index, scale)
             values = dequantise(values, scale, arrays[entry.path].dtype)
         _put(arrays, entry.path, entry.index, values)
@@ -129,7 +139,7 @@ def save_hf(
 class _Source:
     """A model's arrays as the tensors of a file."""
 
-    arrays: dict[TensorPath, Array]
+    arrays: dict[TensorPath, Any]
     weights: str
     power_of_two_scales: bool = True
     """Of all FP8 scales that went out so far."""
@@ -149,21 +159,33 @@ class _Source:
     def tensors(self, entries: list[TensorEntry]) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of everything in the entries' layouts."""
         for entry in entries:
-            array = self.arrays[entry.path]
-            layout = self.layout(entry)
-            dtype = layout[entry.hub_name][0]
+            dtype = self.layout(entry)[entry.hub_name][0]
             if dtype != FP8:
-                yield entry.hub_name, _take(array, entry.index, DTYPES[dtype])
+                yield entry.hub_name, self._weight(entry, DTYPES[dtype])
                 continue
-            kept = self.arrays.get(entry.scale_path)
-            kept = None if kept is None else _take(kept, entry.index, kept.dtype)
-            weight = _take(array, entry.index, array.dtype)
-            values, scale = map(np.asarray, quantise(weight, kept))
+            values, scale = map(np.asarray, self._quantised(entry))
             if not np.isfinite(scale).all():
                 raise ValueError(f"{entry.hub_name} has values that are not finite, FP8 needs them")
             self.power_of_two_scales &= bool((np.frexp(scale)[0] == 0.5).all())
             yield entry.hub_name, values
             yield entry.scale_name, scale
+
+    def _weight(self, entry: TensorEntry, dtype: np.dtype) -> np.ndarray:
+        """The values in `dtype`."""
+        array = self.arrays[entry.path]
+        if not is_scaled(array):
+            return _take(array, entry.index, dtype)
+        return np.asarray(dequantise(*self._quantised(entry), dtype))
+
+    def _quantised(self, entry: TensorEntry) -> tuple[np.ndarray | Array, np.ndarray | Array]:
+        """Values and scales in FP8."""
+        array, kept = self.arrays[entry.path], self.arrays.get(entry.scale_path)
+        if is_scaled(array):
+            parts = array.values, array.scale
+            values, scale = (_take(part, entry.index, part.dtype) for part in parts)
+            return values, scale
+        kept = None if kept is None else _take(kept, entry.index, kept.dtype)
+        return quantise(_take(array, entry.index, array.dtype), kept)
 
     def check(self, entries: list[TensorEntry]) -> None:
         """Raises ValueError unless the arrays are those that the table has for the model."""
@@ -182,11 +204,11 @@ class _Source:
         require(not unknown, "model", unknown, "only arrays that have a hub name")
 
 
-def _allocate(checkpoint: HubCheckpoint, dtype: jnp.dtype):
+def _allocate(checkpoint: HubCheckpoint, dtype: str):
     """The model's structure, that of its state, and the state's arrays by path, to be filled."""
-    config = checkpoint.config
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))
-    for path in {tensor.entry.path for tensor in checkpoint.tensors if tensor.scale is not None}:
+    model = model_structure(checkpoint.config, dtype)
+    scaled = [tensor.entry.path for tensor in checkpoint.tensors if tensor.scale is not None]
+    for path in set(scaled if dtype != FP8_WEIGHTS else ()):
         module = functools.reduce(getattr, path[:-1], model)
         shape = scale_shape(getattr(module, path[-1]).shape)
         scale = BlockScale(jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -215,14 +237,19 @@ def _nbytes(leaf: jax.ShapeDtypeStruct | Array) -> int:
     return leaf.size * leaf.dtype.itemsize
 
 
-def _named_arrays(model: nnx.Module) -> dict[TensorPath, Array]:
-    return _by_path(nnx.state(model))
+def _named_arrays(model: nnx.Module) -> dict[TensorPath, Any]:
+    return _by_path(nnx.state(model), is_leaf=is_scaled)
 
 
-def _by_path(state: Any) -> dict[TensorPath, Any]:
-    """The leaves of an nnx.State in their order, by the attributes that lead to them."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {tuple(key.key for key in path[:-1]): leaf for path, leaf in leaves}
+def _by_path(state: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[TensorPath, Any]:
+    """The leaves of an nnx.State in their order, by the attributes that lead to them: a module's
+    and, of a matrix in FP8, one of `SCALED_PARTS`."""
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf)
+    names = [[jax.tree_util.keystr((key,), simple=True) for key in path] for path, _ in leaves]
+    return {
+        tuple(name for name in path if name != "value"): leaf
+        for path, (_, leaf) in zip(names, leaves, strict=True)
+    }
 
 
 def _put(

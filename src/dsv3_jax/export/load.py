@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.checkpoint import CheckpointManager, find_step, restore_subtree
 from dsv3_jax.config import ModelConfig, from_dict, to_dict
 from dsv3_jax.config.checks import require, require_one_of
+from dsv3_jax.export.fp8_weights import converted, model_structure
 from dsv3_jax.export.hub_directory import CONFIG, read_hub_config, read_json_object
 from dsv3_jax.export.huggingface import MODEL_DTYPES, TOKENIZER_FILES, load_hf
 from dsv3_jax.export.new_directory import new_directory, require_new
@@ -27,8 +27,10 @@ def load(
 ) -> Transformer:
     """The model of a Hugging Face directory, of a run's newest intact step, or of one step.
 
-    `dtype` is float32, bfloat16 or float16; the selection bias stays FP32. `mesh` is for later:
-    this release loads onto one device. Raises ValueError, one line, that names what is wrong.
+    `dtype` is float32, bfloat16, float16 or float8_e4m3fn; the last keeps what FP8 checkpoints have
+    in blocks as they have it, or quantises it so, computes those products in FP8 and the rest in
+    BF16. The selection bias stays FP32. `mesh` is for later: this release loads onto one device.
+    Raises ValueError, one line, that names what is wrong.
     """
     require_one_of("dtype", dtype, *MODEL_DTYPES)
     require(mesh is None, "mesh", mesh, "None: this release loads a model onto one device")
@@ -37,12 +39,10 @@ def load(
         return load_hf(root, dtype)
     model_config = _run_model_config(root, config)
     step = find_step(Path(path))
-    float32 = jnp.dtype(jnp.float32)
-    model = nnx.eval_shape(lambda: Transformer(model_config, rngs=nnx.Rngs(0), dtype=float32))
-    graph, params, selection_bias = nnx.split(model, nnx.Param, SelectionBias)
-    wanted = {"params": params, "selection_bias": selection_bias}
-    state = restore_subtree(step, wanted, prefix="")
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), state["params"])
+    stored = nnx.split(model_structure(model_config, "float32"), nnx.Param, SelectionBias)
+    state = restore_subtree(step, {"params": stored[1], "selection_bias": stored[2]}, prefix="")
+    graph, params, _ = nnx.split(model_structure(model_config, dtype), nnx.Param, SelectionBias)
+    params = converted(state["params"], params)
     model = nnx.merge(graph, params, state["selection_bias"])
     model.files_from = str(root)
     return model

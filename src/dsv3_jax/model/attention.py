@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.linear import Linear, product_of
+from dsv3_jax.model.linear import Linear, plain, product_of
 from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
 from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
@@ -141,7 +141,7 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         c, heads = self.config, self.config.num_attention_heads
         q_nope, q_rope = self._queries(self._query_input(x), rotary)
-        up = self.kv_b_proj.weight[...].reshape(heads, -1, c.kv_lora_rank)
+        up = plain(self.kv_b_proj.weight[...], x.dtype).reshape(heads, -1, c.kv_lora_rank)
         w_uk, w_uv = up[:, : c.qk_nope_head_dim], up[:, c.qk_nope_head_dim :]
         q_latent = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_uk), q_rope], axis=-1)
         scores = jnp.einsum("bqhl,bkl->bhqk", q_latent, cache, preferred_element_type=jnp.float32)

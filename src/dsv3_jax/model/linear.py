@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.parallel.tape import AUTODIFF, Product, Tape
 from dsv3_jax.quant.matmul import QuantisedProduct
 from dsv3_jax.quant.recipe import Recipe
+from dsv3_jax.quant.scaled_array import ScaledArray
 
 
 class BlockScale(nnx.Variable):
@@ -50,6 +51,11 @@ def _dot_nt(
 def product_of(recipe: Recipe, name: str, otherwise: Product = linear) -> Product:
     """The product that `recipe` has for `name`."""
     return QuantisedProduct(recipe.rules[name]) if name in recipe.rules else otherwise
+
+
+def plain(weight: Array | ScaledArray, dtype: DTypeLike) -> Float[Array, "out_dim in_dim"]:
+    """The matrix itself, in `dtype` where it is kept in FP8."""
+    return weight.dequantise(dtype) if isinstance(weight, ScaledArray) else weight
 
 
 class Linear(nnx.Module):
