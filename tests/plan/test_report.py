@@ -62,9 +62,10 @@ def test_arguments_are_told_apart():
 
 
 def test_parts_add_up_to_the_peak():
-    parts = bytes_by_kind(memory(40), HeldBytes(weights=3 * GB, gradients=6 * GB))
+    parts = bytes_by_kind(memory(40), HeldBytes(weights=3 * GB, gradients=6 * GB, kept=GB))
     assert (parts["gathered weights"], parts["gradients"]) == (3 * GB, 6 * GB)
-    assert parts["activations and buffers"] == 31 * GB
+    assert parts["kept for backward"] == GB
+    assert parts["activations and buffers"] == 30 * GB
     assert parts["other arguments"] == 200  # padding with them
     assert sum(parts.values()) == 53 * GB + 200 + 50 + 7
     assert bytes_by_kind(memory(4), HeldBytes(gradients=6 * GB))["gradients"] == 4 * GB

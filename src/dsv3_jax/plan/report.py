@@ -142,6 +142,8 @@ class HeldBytes:
     weights: int = 0
     """Gathered, in the dtype that is computed in."""
     gradients: int = 0
+    kept: int = 0
+    """Buffers in which micro-batches under way wait for their backward."""
 
 
 def bytes_by_kind(memory: MemoryUse, held: HeldBytes) -> dict[str, int]:
@@ -154,12 +156,14 @@ def bytes_by_kind(memory: MemoryUse, held: HeldBytes) -> dict[str, int]:
     sums[OTHER] += memory.argument_bytes - sum(sums.values())
     weights = min(held.weights, memory.temp_bytes)
     gradients = min(held.gradients, memory.temp_bytes - weights)
+    kept = min(held.kept, memory.temp_bytes - weights - gradients)
     return {
         WEIGHTS: sums[WEIGHTS],
         OPTIMIZER: sums[OPTIMIZER],
         "gathered weights": weights,
         "gradients": gradients,
-        "activations and buffers": memory.temp_bytes - weights - gradients,
+        "kept for backward": kept,
+        "activations and buffers": memory.temp_bytes - weights - gradients - kept,
         OTHER: sums[OTHER],
         "results": memory.new_output_bytes,
         "code": memory.code_bytes,

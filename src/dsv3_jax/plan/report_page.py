@@ -24,6 +24,7 @@ MEMORY_COLOURS = {
     "optimizer": "#56a3a6",
     "gathered weights": "#84a98c",
     "gradients": "#c08497",
+    "kept for backward": "#bc6c25",
     "activations and buffers": "#e09f3e",
     "other arguments": "#7d8597",
     "results": "#9a8c98",

@@ -69,30 +69,39 @@ def compile_step(
 
 
 def held_bytes(layout: Layout) -> HeldBytes:
-    """Of a step on `layout`: the weights that it computes with, and their FP32 gradients."""
+    """Of a step on `layout`: the weights that it computes with, their FP32 gradients, and what a
+    pipeline keeps of micro-batches under way."""
+    recipe, in_pipeline = layout.config.precision.recipe, layout.config.parallel.pipe > 1
 
-    def gathered(params):
-        if layout.config.parallel.pipe == 1:
+    def gathered(params, bias):
+        del bias
+        if not in_pipeline:
             return layout.weights(params)
-        return make_pipeline(layout).weights.gather(
-            compute_params(params, layout.config.precision.recipe)
-        )
+        return make_pipeline(layout).weights.gather(compute_params(params, recipe))
 
-    def on_a_device(function):
-        specs, abstract = layout.state_specs().params, layout.abstract.params
-        whole = PartitionSpec()  # so that a result's shape is that of a device
-        made = jax.eval_shape(layout.on_mesh(function, (specs,), whole), abstract)
+    def on_a_device(function) -> list:
+        specs, abstract, whole = layout.state_specs(), layout.abstract, PartitionSpec()
+        # The spec of what comes out is `whole`, so that its shape is that of a device.
+        on_mesh = layout.on_mesh(function, (specs.params, specs.selection_bias), whole)
+        made = jax.eval_shape(on_mesh, abstract.params, abstract.selection_bias)
         return jax.tree.leaves(made, is_leaf=is_scaled)
 
     used = on_a_device(gathered)
-    made = used
-    if layout.config.parallel.pipe == 1:  # where what is stored may be computed with as it is
-        stored = on_a_device(lambda params: params)
+    made, kept = used, []
+    if in_pipeline:
+        kept = on_a_device(make_pipeline(layout).buffers)
+    else:  # where what is stored may be computed with as it is
+        stored = on_a_device(lambda params, bias: params)
         made = [new for new, old in zip(used, stored, strict=True) if new != old]
     return HeldBytes(
-        weights=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made)),
+        weights=_nbytes(made),
         gradients=sum(math.prod(leaf.shape) * 4 for leaf in used),
+        kept=_nbytes(kept),
     )
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def check_hosts(config: RunConfig, gpu: Gpu, hosts: int) -> None:

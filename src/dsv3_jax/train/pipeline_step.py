@@ -106,22 +106,38 @@ class Pipeline:
         self, state, rows, documents, settings, predictions, sequences
     ) -> tuple[Losses, Float[Array, "routed_layers experts"], nnx.State]:
         """The batch's losses and loads on this device, and its stored shards of the gradients."""
-        shards = compute_params(state.params, self.layout.config.precision.recipe)
-        run = _Run(
-            pipeline=self,
-            weights=self.weights.gather(shards),
-            biases=self._biases(state.selection_bias),
-            rows=rows,
-            documents=documents,
-            used=settings.micro_batches,
-            predictions=predictions,
-            sequences=sequences,
-            mtp_weight=settings.mtp_weight,
-        )
+        numbers = settings.micro_batches, predictions, sequences, settings.mtp_weight
+        run = self._run(state.params, state.selection_bias, rows, documents, *numbers)
         sums = jax.lax.fori_loop(0, self.arrays.kind.shape[0], run.tick, run.start())[1]
         with jax.named_scope("reduce_gradients"):
             gradients = self.weights.reduce(sums.gradients, state.params)
         return *run.report(sums), gradients
+
+    def buffers(self, params: nnx.State, selection_bias: nnx.State) -> Buffers:
+        """What waits in slots, empty as a step begins with it. Inside shard_map."""
+        config = self.layout.config
+        batch = config.train.batch_size // config.parts // config.parallel.token_shards
+        rows = jnp.zeros((config.parts, batch, config.data.seq_len + 1), jnp.int32)
+        zero = jnp.zeros((), jnp.float32)
+        documents = rows if config.data.cross_document_mask else None
+        numbers = jnp.int32(0), zero, zero, zero
+        return self._run(params, selection_bias, rows, documents, *numbers).start()[0]
+
+    def _run(
+        self, params, selection_bias, rows, documents, used, predictions, sequences, mtp_weight
+    ) -> "_Run":
+        shards = compute_params(params, self.layout.config.precision.recipe)
+        return _Run(
+            pipeline=self,
+            weights=self.weights.gather(shards),
+            biases=self._biases(selection_bias),
+            rows=rows,
+            documents=documents,
+            used=used,
+            predictions=predictions,
+            sequences=sequences,
+            mtp_weight=mtp_weight,
+        )
 
     def _biases(self, state: nnx.State) -> Float[Array, "rows experts"]:
         """The selection bias of every row."""
