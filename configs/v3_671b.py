@@ -3,8 +3,7 @@
 Source: DeepSeek-V3 Technical Report §3.2, §4.2: 16 pipeline ranks (DualPipe), experts over 8 nodes
 of 8 GPUs, ZeRO-1 data parallelism, no tensor parallelism.
 Hardware there: 2,048 H800, 14.8T tokens in 2.664M GPU hours, 19.9 s a step in FP8. Predicted by
-`dsv3 compile` for this file: 63.6 GB a GPU, 45 s a step; with `--set precision.recipe=bf16` 79.9 GB
-and 49 s.
+`dsv3 compile` for this file: 73.9 GB a GPU, 31 s a step.
 """
 
 from dsv3_jax.config import (
@@ -38,7 +37,10 @@ def config() -> RunConfig:
             eval_every=1000,
             checkpoint_every=500,
             remat="full",  # but for what fits into 80 GB
-            keep=("q_latent", "kv_latent", "attention_residual", "expert_up", "mlp_gate", "mlp_up"),
+            keep=(
+                *("q_latent", "kv_latent", "attention_output", "attention_residual"),
+                *("node_rows", "expert_up", "mlp_gate", "mlp_up"),
+            ),
         ),
         optimizer=OptimizerConfig(moment_dtype="bfloat16", batch_ramp=True),
         precision=PrecisionConfig(recipe="fp8"),

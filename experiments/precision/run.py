@@ -24,7 +24,6 @@ HERE = Path(__file__).resolve().parent
 FP8 = ("precision.recipe=fp8",)
 RECIPES: dict[str, tuple[str, ...]] = {
     "bf16": ("precision.recipe=bf16",),
-    "fp32": ("precision.recipe=fp32",),  # rounding alone: what chance makes of it
     "bf16, FP32 moments": ("precision.recipe=bf16", "optimizer.moment_dtype=float32"),
     "fp8": FP8,
     "fp8, LogFMT-10": (*FP8, "precision.combine=logfmt10"),

@@ -176,6 +176,8 @@ def test_tiles_that_cannot_be():
         Tiles(n=256, stages=4, store_slots=1)
     with pytest.raises(ValueError, match="stages is 0, expected at least 1"):
         Tiles(n=128, stages=0, store_slots=1)
+    with pytest.raises(ValueError, match="store_slots is 3, expected a divisor of n / 64 = 2"):
+        Tiles(n=128, stages=4, store_slots=3)
     with pytest.raises(ValueError, match="cluster is 2, expected 1 or 2 and a divisor of 3"):
         Tiles(n=128, stages=4, store_slots=1, programs=3)
     with pytest.raises(

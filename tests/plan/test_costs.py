@@ -34,20 +34,20 @@ def test_a_cublas_call_in_fp8_without_its_workspace():
 
 
 def test_kernels_of_ours():
-    """A product in FP8 has two FP8 operands, [2, 256, 384] and [2, 640, 384]; quantising none."""
+    """Their names say what they do; quantising is no product."""
     call = 'custom_call_target="mosaic_gpu_v2"'
+    metadata = 'metadata={op_name="jit(step)/jit(fp8_gemm)/cond/fp8_flops=251658240/fp8_gemm"}'
     program = one(f"""  %a = f8e4m3fn[2,256,384] parameter(0)
   %b = f8e4m3fn[2,640,384] parameter(1)
   %a_scale = f32[2,3,256] parameter(2)
   %b_scale = f32[2,3,5] parameter(3)
   %x = bf16[256,384] parameter(4)
-  %y = bf16[2,256,640] custom-call(%a, %a_scale, %b, %b_scale), {call}
+  %y = bf16[2,256,640] custom-call(%a, %a_scale, %b, %b_scale), {call}, {metadata}
   ROOT %q = (f8e4m3fn[256,384], f32[3,256]) custom-call(%x), {call}""")
     cost, unknown = cost_of(program, "main", "y")
     operands = 2 * 256 * 384 + 2 * 640 * 384 + 4 * (2 * 3 * 256 + 2 * 3 * 5)
     assert unknown == ()
-    flops = 2.0 * 2 * 256 * 640 * 384
-    assert cost == Cost(fp8_flops=flops, hbm_bytes=operands + 2 * (2 * 256 * 640))
+    assert cost == Cost(fp8_flops=251658240.0, hbm_bytes=operands + 2 * (2 * 256 * 640))
     cost, unknown = cost_of(program, "main", "q")
     assert unknown == ()
     assert cost == Cost(hbm_bytes=2 * 256 * 384 + 256 * 384 + 4 * 3 * 256)

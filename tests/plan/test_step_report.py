@@ -75,10 +75,12 @@ def test_a_pipeline_s_step_sends_as_often_as_its_schedule_says():
 
 def kept_bytes_of_671b() -> int:
     """Of 17 micro-batches that DualPipe has under way on a rank, and a slot for what nobody wants,
-    in four layers: hidden states before and between attention and MLP, latents, SwiGLU's inputs in
-    FP8, routing. Then what passes between ranks."""
+    in four layers: hidden states before and between attention and MLP, latents, attention's output
+    in E5M6 (12 bits, a scale of 1 byte) and its log-sum-exp, what came over the node hop as it
+    came, SwiGLU's inputs in FP8, routing. Then what passes between ranks."""
     tokens, rows, in_fp8 = 4096, 4 * 9224, 1 + 4 / 128  # 1.125 times the mean of 4 experts, +8
     of_layer = tokens * 2 * (2 * 7168 + 1536 + 512 + 64)
+    of_layer += tokens * 128 * (128 * 1.5 + 1 + 4) + 18432 * (7168 + 56 + 16)
     of_layer += (rows * 2 * 2048 + tokens * 2 * 2048) * in_fp8
     of_layer += (tokens + 18432 + 37888) * 8 * 4 + 4
     passing = (3 + 3 + 2 * 2) * tokens * 7168 * 2
@@ -101,13 +103,12 @@ def test_the_671b_step_fits_2048_h800():
     report = json.loads(result.stdout)
     assert report["devices"] == 2048 and report["fits"]
     assert report["peak_bytes_per_gpu"] <= 80e9
-    assert 1 < report["flops_over_model"] <= 1.35
-    assert report["pair_transfers_without_compute"] == 0
+    assert 1 < report["flops_over_model"] <= 1.15
     assert report["pair_hidden_fraction"] > 0.5
     kinds = report["bytes_by_kind"]
     assert kinds["kept for backward"] == kept_bytes_of_671b()
     # All of the model's products but attention's, the head's and the MTP module's eh_proj.
-    assert 0.75 < report["fp8_flops_per_gpu"] / report["compiled_flops_per_gpu"] < 0.9
+    assert 0.7 < report["fp8_flops_per_gpu"] / report["compiled_flops_per_gpu"] < 0.9
     rows = [row for row in report["transfers"] if "routed_experts" in row["op_name"]]
     sent = {row["network_bytes"] / 4096 for row in rows if row["kind"] == "all-to-all"}
     copies = max(sent) / (7168 * 2 + 8 * 2)  # of a token's gradient in BF16, with its weights'

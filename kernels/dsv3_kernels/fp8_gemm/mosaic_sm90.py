@@ -53,6 +53,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dsv3_kernels.cost import flops_in_name
 from dsv3_kernels.fp8_gemm import tiles as sizes
 from dsv3_kernels.fp8_gemm.tiles import Tiles
 from dsv3_kernels.quantize.reference import BLOCK, E4M3
@@ -99,7 +100,8 @@ def gemm(
         out_dtype=jnp.dtype(out_dtype),
         tiles=tiles,
     )
-    out = _product(plan)(a, scales[0], b, scales[1])
+    with flops_in_name("fp8", plan.cost.flops):
+        out = _product(plan)(a, scales[0], b, scales[1])
     return out[:, :m, :n].reshape(*batch, m, n)
 
 

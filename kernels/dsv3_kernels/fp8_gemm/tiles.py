@@ -25,7 +25,8 @@ class Tiles:
     stages: int
     """Steps of k in shared memory."""
     store_slots: int
-    """Pieces of 64 rows x 128 bytes of the result, per warpgroup, that wait to be written."""
+    """Pieces of 64 rows x 128 bytes of the result, per warpgroup, that wait to be written. A tile
+    has a multiple of them, so that the next one goes on with the slot whose store is the oldest."""
     cluster: int = 2
     """Programs that work on tiles below one another, and load b for one another."""
     programs: int = SM_COUNT
@@ -43,6 +44,10 @@ class Tiles:
         for name in ("stages", "store_slots", "programs", "band"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.n // 64 % self.store_slots:
+            raise ValueError(
+                f"store_slots is {self.store_slots}, expected a divisor of n / 64 = {self.n // 64}"
+            )
         if self.shared_memory_bytes > SHARED_MEMORY_BYTES:
             raise ValueError(
                 f"stages and store_slots take {self.shared_memory_bytes} bytes of shared memory,"
@@ -89,7 +94,7 @@ class Tiles:
 
 WIDE = Tiles(n=192, stages=4, store_slots=3)
 """Per step 768 cycles of tensor core; 28 KB from L2, 40 KB into shared memory."""
-SQUARE = Tiles(n=128, stages=5, store_slots=3)
+SQUARE = Tiles(n=128, stages=5, store_slots=2)
 """512 cycles; 24 and 32 KB."""
 
 

@@ -155,6 +155,13 @@ class TrainConfig:
         for name in self.keep:
             require_one_of("train.keep", name, *TENSORS)
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """`keep`, and with attention's output the log-sum-exp of its scores, which backward reads
+        beside it."""
+        beside = {"attention_lse"} if "attention_output" in self.keep else set()
+        return frozenset(self.keep) | beside
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

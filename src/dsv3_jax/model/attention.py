@@ -25,45 +25,10 @@ from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
 from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.quant.recipe import Recipe
+from dsv3_kernels.mla_prefill.op import mla_prefill, with_gradients
 
-QUERY_CHUNK = 64
-"""Fewest queries of one chunk of `causal_attention`."""
-MAX_QUERY_CHUNKS = 8
 MASKED = -1e30
 """Score of a masked key: finite, so that a fully masked row stays NaN-free."""
-
-
-def causal_attention(
-    q: Float[Array, "batch heads seq qk_dim"],
-    k: Float[Array, "batch heads seq qk_dim"],
-    v: Float[Array, "batch heads seq v_dim"],
-    scale: float,
-    documents: Int[Array, "batch seq"] | None,
-    tape: Tape = AUTODIFF,
-) -> Float[Array, "batch heads seq v_dim"]:
-    """softmax(scale * q k^T) v over the keys at or before each query, softmax in FP32.
-
-    Queries go in up to 8 chunks, each against only the keys it may see, so that at most 9/16 of the
-    square is computed. With `documents`, a query sees only keys of its own document.
-    """
-    seq = q.shape[2]
-    chunk = max(QUERY_CHUNK, -(-seq // MAX_QUERY_CHUNKS))
-
-    def attend(start: int, stop: int, q, k, v):
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-        visible = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-        if documents is not None:
-            same = documents[:, start:stop, None] == documents[:, None, :stop]
-            visible = visible & same[:, None]
-        probs = jax.nn.softmax(jnp.where(visible, scores * scale, MASKED), axis=-1)
-        return jnp.einsum("bhqk,bhkd->bhqd", probs.astype(v.dtype), v)
-
-    outputs = []
-    for start in range(0, seq, chunk):
-        stop = min(start + chunk, seq)
-        attend_chunk = tape.piece(partial(attend, start, stop))
-        outputs.append(attend_chunk(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
-    return jnp.concatenate(outputs, axis=2)
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -116,7 +81,6 @@ class MultiHeadLatentAttention(nnx.Module):
         latent = self.compress(x, rotary, tape)
         attend = self.recompute(partial(self._attend_expanded, tape=tape))
         attended = attend(self._query_input(x, tape), latent, rotary, documents)
-        attended = tape.keep("attention_output", attended, self.output_codec)
         return self.o_proj(attended, tape, "o_proj"), latent
 
     def compress(
@@ -182,21 +146,17 @@ class MultiHeadLatentAttention(nnx.Module):
         tape: Tape,
     ) -> Float[Array, "batch seq values"]:
         """The heads' outputs side by side, before o_proj."""
-        c, heads = self.config, self.config.num_attention_heads
-        batch, seq = latent.shape[:2]
+        rank, heads = self.config.kv_lora_rank, (*latent.shape[:2], self.config.num_attention_heads)
         q = jnp.concatenate(self._queries(query_input, rotary, tape), axis=-1)
-        kv = self.kv_b_proj(latent[..., : c.kv_lora_rank], tape, "kv_b_proj")
-        kv = tape.keep("keys_values", kv).reshape(batch, seq, heads, -1)
-        k_rope = jnp.broadcast_to(
-            latent[:, :, None, c.kv_lora_rank :], (batch, seq, heads, c.qk_rope_head_dim)
+        kv = tape.keep("keys_values", self.kv_b_proj(latent[..., :rank], tape, "kv_b_proj"))
+        inputs = q, kv.reshape(*heads, -1), latent[..., rank:]
+        out, lse = mla_prefill(*jax.lax.stop_gradient(inputs), self.scale, documents)
+        # Named apart from what they are made of: backward needs them, but not to make them again.
+        name, codec = "attention_output", self.output_codec
+        out = tape.keep(name, out.reshape(*heads[:2], -1), codec)
+        kept = tape.for_backward(name, out, codec).reshape(*heads, -1)
+        lse = tape.keep("attention_lse", lse)
+        attended = with_gradients(
+            out.reshape(*heads, -1), *inputs, kept, lse, self.scale, documents
         )
-        k = jnp.concatenate([kv[..., : c.qk_nope_head_dim], k_rope], axis=-1)
-        out = causal_attention(
-            q.swapaxes(1, 2),
-            k.swapaxes(1, 2),
-            kv[..., c.qk_nope_head_dim :].swapaxes(1, 2),
-            self.scale,
-            documents,
-            tape,
-        )
-        return out.swapaxes(1, 2).reshape(batch, seq, -1)
+        return attended.reshape(*heads[:2], -1)

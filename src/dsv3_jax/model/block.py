@@ -1,6 +1,7 @@
 """Transformer blocks: attention and a feed-forward part, each behind an RMSNorm."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,13 +34,17 @@ def _keep(function: Callable) -> Callable:
     return function
 
 
+_UP_PROJECTIONS = partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names("attention_output", "attention_lse"),
+)
 RECOMPUTE = {
     "none": Recompute(_keep, _keep, _keep),
-    "selective": Recompute(jax.checkpoint, jax.checkpoint, _keep),
+    "selective": Recompute(jax.checkpoint, _UP_PROJECTIONS, _keep),
     "full": Recompute(_keep, _keep, jax.checkpoint),
 }
-"""By `train.remat`. `selective` is the published choice: every RMSNorm and the MLA up-projections
-(here with the attention that follows them, whose q, k and v they are)."""
+"""By `train.remat`. `selective` is the published choice: every RMSNorm and the MLA up-projections,
+whose attention is not computed again."""
 
 
 class Block(nnx.Module):

@@ -6,6 +6,7 @@ Backward keeps the input of SwiGLU and gathers and computes the rest again.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from dsv3_jax.parallel.dispatch_plan import (
     overflow_pairs,
     plan_dispatch,
 )
-from dsv3_jax.parallel.tape import AUTODIFF, Product, Tape
+from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.parallel.wire import AS_IS, PACKINGS, UNCHANGED, Wire, pass_through
 from dsv3_jax.quant.formats import PLAIN, Codec
 from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
@@ -108,11 +109,12 @@ class ExpertParameters(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertProducts:
-    """An expert's two products, of single matrices or stacked ones, and how its rows and the input
-    of SwiGLU wait for backward."""
+    """An expert's two products, of single matrices or stacked ones (with the arguments that
+    `QuantisedProduct` has for those), and how its rows and the input of SwiGLU wait for
+    backward."""
 
-    gate_up: Product
-    down: Product
+    gate_up: Callable[..., Array]
+    down: Callable[..., Array]
     rows_codec: Codec = PLAIN
     up_codec: Codec = PLAIN
 
@@ -127,8 +129,9 @@ def expert_products(recipe: Recipe) -> ExpertProducts:
     )
 
 
-def _multiply(x: Array, weight: Any) -> Array:
-    """x W^T, by matrix where they are stacked."""
+def _multiply(x: Array, weight: Any, **of_rows: Any) -> Array:
+    """x W^T, by matrix where they are stacked; all rows, filled or not."""
+    del of_rows
     return x @ weight.T if weight.ndim == 2 else jnp.einsum("eci,eoi->eco", x, weight)
 
 
@@ -176,7 +179,9 @@ class LocalDispatcher:
             out, operands = _overflow(self.products, capacity, operands, fixed, plan)
         if capacity:
             x, weights, of_trained = operands
-            slots = tape.recomputed(partial(_slots, self.products, tape), but=("expert_up",))
+            expected = tokens * top_k // num_experts
+            slots = partial(_slots, self.products, expected, tape)
+            slots = tape.recomputed(slots, but=("expert_up",))
             out += slots(x, weights, joined(fixed, of_trained), plan)
         return out
 
@@ -274,21 +279,27 @@ Operands = tuple[Float[Array, "tokens hidden"], Float[Array, "tokens top_k"], Ex
 
 def _slots(
     products: ExpertProducts,
+    expected: int,
     tape: Tape,
     x: Float[Array, "tokens hidden"],
     weights: Float[Array, "tokens top_k"],
     parameters: ExpertParameters,
     plan: DispatchPlan,
 ) -> Float[Array, "tokens hidden"]:
-    """What the slots contribute. Weights are applied before `down`, so that their gradient needs
-    no expert's output."""
+    """What the slots contribute, of which each expert is likely to fill `expected`.
 
-    def finish(h, slot_weights, down):
-        return tape.linear("down_proj", products.down, swiglu(h) * slot_weights[..., None], down)
+    Weights are applied before `down`, so that their gradient needs no expert's output.
+    """
+    filled = jnp.minimum(plan.group_size, plan.slot_pair.shape[1])
+
+    def finish(h, slot_weights, down, filled):
+        product = partial(products.down, filled=filled, expected=expected)
+        return tape.linear("down_proj", product, swiglu(h) * slot_weights[..., None], down)
 
     rows = tape.keep("expert_rows", _take_slots(x, plan), products.rows_codec)
-    h = tape.linear("gate_up_proj", products.gate_up, rows, parameters.gate_up)
-    rest = _slot_weights(weights, plan), parameters.down
+    product = partial(products.gate_up, filled=filled, expected=expected)
+    h = tape.linear("gate_up_proj", product, rows, parameters.gate_up)
+    rest = _slot_weights(weights, plan), parameters.down, filled
     return _sum_slots(tape.from_kept(("expert_up",), products.up_codec, finish, h, *rest), plan)
 
 

@@ -42,9 +42,10 @@ class Tape:
         del name
         return product(x, weight)
 
-    def piece(self, function: Callable) -> Callable:
-        """`function`, one of several of which backward should hold one at a time."""
-        return function
+    def for_backward(self, name: str, value: Array, codec: Codec) -> Array:
+        """What backward has of a `value` that was to be kept by this name."""
+        del name
+        return value if codec is PLAIN else codec.decode(codec.encode(value), value.dtype)
 
     def recomputed(self, function: Callable, but: tuple[str, ...]) -> Callable:
         """`function`, of which backward computes everything again but the tensors named."""
@@ -142,8 +143,9 @@ class Player(_Named):
             return product(x, jax.lax.stop_gradient(weight)) + self.probes[name]
         return product(x, weight)
 
-    def piece(self, function: Callable) -> Callable:
-        return jax.checkpoint(function)
+    def for_backward(self, name: str, value: Array, codec: Codec) -> Array:
+        is_kept = all(name + suffix in self.saved for suffix in codec.parts)
+        return value if is_kept else super().for_backward(name, value, codec)
 
     def from_kept(
         self, names: tuple[str, ...], codec: Codec, function: Callable, *arguments: Any

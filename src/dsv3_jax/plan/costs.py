@@ -7,6 +7,7 @@ place as the update. Traffic that L2 saves, and reads repeated for want of cache
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -104,11 +105,14 @@ def _product_cost(
     if target.startswith("__cublas$"):
         return _cublas_cost(computation, instruction), ()
     if target.startswith("mosaic_gpu"):
-        return _mosaic_cost(computation, instruction), ()
+        return _mosaic_cost(instruction), ()
     return Cost(), () if target in _WITHOUT_PRODUCTS else (target,)
 
 
 _WITHOUT_PRODUCTS = ("__cub$DeviceRadixSort", "__gpu$TopK", "Sharding", "annotate_device_placement")
+
+
+_FLOPS_IN_NAME = re.compile(r"/(fp8|bf16)_flops=(\d+)/")
 
 
 def _cublas_cost(computation: Computation, instruction: Instruction) -> Cost:
@@ -121,13 +125,10 @@ def _cublas_cost(computation: Computation, instruction: Instruction) -> Cost:
     return _by_unit(2.0 * instruction.results[0].size * contracted, left, right, precision)
 
 
-def _mosaic_cost(computation: Computation, instruction: Instruction) -> Cost:
-    """Of dsv3_kernels: `fp8_gemm` is the one with two FP8 operands, [..., m, k] and [..., n, k]."""
-    operands = computation.operand_arrays(instruction)
-    matrices = [array for array in operands if array.dtype.startswith(_FP8_FAMILY)]
-    if len(matrices) != 2:
-        return Cost()
-    return Cost(fp8_flops=2.0 * instruction.results[0].size * matrices[0].dims[-1])
+def _mosaic_cost(instruction: Instruction) -> Cost:
+    """Of dsv3_kernels, whose FLOPs are in their names (dsv3_kernels/cost.py)."""
+    found = _FLOPS_IN_NAME.search(instruction.op_name)
+    return Cost(**{f"{found[1]}_flops": float(found[2])}) if found else Cost()
 
 
 def _by_unit(flops: float, left: Array, right: Array, precision: str) -> Cost:

@@ -191,7 +191,7 @@ def make_pipeline(layout: Layout) -> Pipeline:
     )
     tables = make_stage_tables(schedule.layout, units)
     recipe = make_recipe(config.precision.recipe)
-    kept = KEPT[config.train.remat] | set(config.train.keep)
+    kept = KEPT[config.train.remat] | config.train.kept
     if "attention_output" in kept and recipe.rules:
         kept |= {"attention_residual"}  # which o_proj makes of the unrounded one
     return Pipeline(
@@ -216,7 +216,7 @@ def make_pipeline(layout: Layout) -> Pipeline:
 ROUTING = frozenset({"chosen_experts", "node_experts", "gpu_experts", "rounds"})
 """Small, and the same choices must be met again."""
 SELECTIVE = ROUTING | {
-    *("q_latent", "kv_latent", "attention_output", "attention_residual"),
+    *("q_latent", "kv_latent", "attention_output", "attention_lse", "attention_residual"),
     *("node_rows", "gpu_rows", "expert_up", "mlp_gate", "mlp_up"),
 }
 KEPT = {

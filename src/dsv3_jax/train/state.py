@@ -36,7 +36,7 @@ def build_model(config: RunConfig, rngs: nnx.Rngs) -> Transformer:
         config.model,
         rngs=rngs,
         remat="none" if in_pipeline else config.train.remat,
-        keep=config.train.keep,
+        keep=tuple(sorted(config.train.kept)),
         scan_layers=config.train.scan_layers,
         dispatcher=make_dispatcher(config.model, config.parallel, recipe, wire),
         recipe=recipe,

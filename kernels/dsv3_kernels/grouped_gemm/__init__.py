@@ -1,0 +1,1 @@
+"""Products of many experts' matrices in one program."""

@@ -1,0 +1,1 @@
+"""Causal attention of whole sequences, with keys as multi-head latent attention has them."""
