@@ -117,3 +117,9 @@ def test_accepts_the_edges():
     assert TrainConfig(batch_size=8, accumulation=8).accumulation == 8
     assert OptimizerConfig(warmup_steps=0, beta1=0.0, weight_decay=0.0).beta1 == 0.0
     assert LossConfig(mtp_weight=0.0, bias_update_rate=None).bias_update_rate is None
+
+
+def test_attention_s_output_is_kept_with_its_log_sum_exp():
+    config = TrainConfig(remat="full", keep=("q_latent", "attention_output"))
+    assert config.kept == {"q_latent", "attention_output", "attention_lse"}
+    assert TrainConfig(keep=("q_latent",)).kept == {"q_latent"}

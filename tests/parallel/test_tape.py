@@ -259,3 +259,16 @@ def test_from_kept_of_nothing_where_it_overflows():
     x = jnp.full((2, 4), 100.0)
     found = Player({}).from_kept(("x",), E4M3_ROWS, jnp.exp, x)
     np.testing.assert_array_equal(found, np.inf)
+
+
+def test_what_backward_has_of_a_value():
+    """Rounded once: by the codec where it is asked, or when it was kept."""
+    x = jax.random.normal(jax.random.key(0), (ROWS, COLUMNS))
+    assert_same(AUTODIFF.for_backward("x", x, E4M3_ROWS), rounded(x))
+    assert AUTODIFF.for_backward("x", x, PLAIN) is x
+    recorder = Recorder(frozenset({"x"}))
+    recorder.keep("x", x, E4M3_ROWS)
+    player = Player(recorder.saved)
+    kept = player.keep("x", x, E4M3_ROWS)
+    assert player.for_backward("x", kept, E4M3_ROWS) is kept
+    assert_same(Player({}).for_backward("x", x, E4M3_ROWS), rounded(x))
