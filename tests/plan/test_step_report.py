@@ -104,11 +104,13 @@ def test_the_671b_step_fits_2048_h800():
     assert report["devices"] == 2048 and report["fits"]
     assert report["peak_bytes_per_gpu"] <= 80e9
     assert 1 < report["flops_over_model"] <= 1.15
+    # NVLink hops of dispatch's backward and of combine (docs/LOG.md, 2026-11-26).
+    assert report["pair_transfers_without_compute"] <= 4
     assert report["pair_hidden_fraction"] > 0.5
     kinds = report["bytes_by_kind"]
     assert kinds["kept for backward"] == kept_bytes_of_671b()
     # All of the model's products but attention's, the head's and the MTP module's eh_proj.
-    assert 0.7 < report["fp8_flops_per_gpu"] / report["compiled_flops_per_gpu"] < 0.9
+    assert 0.75 < report["fp8_flops_per_gpu"] / report["compiled_flops_per_gpu"] < 0.9
     rows = [row for row in report["transfers"] if "routed_experts" in row["op_name"]]
     sent = {row["network_bytes"] / 4096 for row in rows if row["kind"] == "all-to-all"}
     copies = max(sent) / (7168 * 2 + 8 * 2)  # of a token's gradient in BF16, with its weights'

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsv3_kernels.fp8_gemm import reference
+from dsv3_kernels.target import is_hopper
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic")
 
@@ -35,7 +36,7 @@ def fp8_gemm(
 ) -> Float[Array, "*batch m n"]:
     """a b^T in `out_dtype`.
 
-    None chooses `mosaic` where the program is for CUDA and the kernel has the case, otherwise
+    None chooses `mosaic` where the program is for Hopper and the kernel has the case, otherwise
     `xla`. Raises ValueError for an unknown implementation and for shapes that do not fit,
     NotImplementedError for a case that the named implementation lacks.
     """
@@ -51,9 +52,9 @@ def fp8_gemm(
     if implementation == "reference":
         return reference.gemm(*operands, out_dtype)
     on_cpu = partial(reference.gemm_dequantised, out_dtype=out_dtype)
-    if implementation == "xla":
-        return on_cpu(*operands)
-    if implementation is None and _mosaic().unsupported(*operands, out_dtype):
+    if implementation == "xla" or (
+        implementation is None and (not is_hopper() or _mosaic().unsupported(*operands, out_dtype))
+    ):
         return on_cpu(*operands)
     kernel = partial(_mosaic().gemm, out_dtype=out_dtype)
     if implementation == "mosaic":

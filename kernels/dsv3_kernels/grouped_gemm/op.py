@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_kernels.grouped_gemm import reference, xla
 from dsv3_kernels.grouped_gemm.reference import Scales
 from dsv3_kernels.quantize.reference import BLOCK
+from dsv3_kernels.target import is_hopper
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic")
 
@@ -50,7 +51,7 @@ def ragged_rows(
     """a b^T by group, or a b with `transpose_b`; zeros in the rows past the last group.
 
     Has a gradient for a and b where there are no scales. None chooses `mosaic` where the program is
-    for CUDA and the kernel has the case, otherwise `xla`. Raises ValueError for an unknown
+    for Hopper and the kernel has the case, otherwise `xla`. Raises ValueError for an unknown
     implementation and for shapes that do not fit, NotImplementedError for a case that the named
     implementation lacks. Sizes that break a promise or exceed the rows make it undefined.
     """
@@ -93,7 +94,8 @@ def masked_rows(
     options = dict(out_dtype=out_dtype, transpose_b=transpose_b)
     on_cpu = partial(xla.masked_rows, **options)
     if implementation == "xla" or (
-        implementation is None and _mosaic().unsupported(a, b, scales, out_dtype)
+        implementation is None
+        and (not is_hopper() or _mosaic().unsupported(a, b, scales, out_dtype))
     ):
         return on_cpu(*operands)
     kernel = partial(_mosaic().masked_rows, expected_rows=expected_rows, **options)
@@ -137,7 +139,9 @@ def ragged_k(
     on_cpu = partial(xla.ragged_k, out_dtype=out_dtype)
     if implementation == "xla" or (
         implementation is None
-        and _mosaic().unsupported(a, b, scales, out_dtype, k_alignment=alignment)
+        and (
+            not is_hopper() or _mosaic().unsupported(a, b, scales, out_dtype, k_alignment=alignment)
+        )
     ):
         return on_cpu(*operands)
     kernel = partial(_mosaic().ragged_k, out_dtype=out_dtype, alignment=alignment)
@@ -189,7 +193,8 @@ def _ragged_rows_any(
     options = dict(out_dtype=out_dtype, transpose_b=transpose_b)
     on_cpu = partial(xla.ragged_rows, **options)
     if implementation == "xla" or (
-        implementation is None and _mosaic().unsupported(a, b, scales, out_dtype)
+        implementation is None
+        and (not is_hopper() or _mosaic().unsupported(a, b, scales, out_dtype))
     ):
         return on_cpu(*operands)
     kernel = partial(_mosaic().ragged_rows, alignment=alignment, **options)

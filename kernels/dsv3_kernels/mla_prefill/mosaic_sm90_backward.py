@@ -19,12 +19,11 @@
                            d_k [64, 192] += dS q                 3 x 2 HGMMA of 64 columns
 
 The two warpgroups keep the forward's order, one multiplies while the other takes exponentials, but
-wait for each other at the end of a tile. P
-and dS are rounded to BF16 and stay in registers, as wgmma's left operand; sums stay in the
-accumulators. Every sum has one owner and one order, so gradients are the same bit by bit in each
-run: no atomics. The price is that scores and d_probs are computed twice, 18/13 of the products of a
-kernel that would add d_q up in memory. The rotary key's gradient leaves in FP32 for each head, and
-is summed over heads outside.
+wait for each other at the end of a tile. P and dS are rounded to BF16 and stay in registers, as
+wgmma's left operand; sums stay in the accumulators. Every sum has one owner and one order, so
+gradients are the same bit by bit in each run: no atomics. The price is that scores and d_probs are
+computed twice, 18/13 of the products of a kernel that would add d_q up in memory. The rotary key's
+gradient leaves in FP32 for each head, and is summed over heads outside.
 
 The sums of dkv are 160 registers of a thread. With blocks of 64 queries ptxas spills, and puts its
 wgmma one after the other.
@@ -81,9 +80,6 @@ def gradients(
     d_out: Float[Array, "batch seq heads v_dim"],
     delta: Float[Array, "batch heads seq"],
     scale: float,
-    *,
-    d_q_tiles: Tiles = sizes.D_Q,
-    d_kv_tiles: Tiles = sizes.D_KV,
 ) -> tuple[
     Float[Array, "batch seq heads qk_dim"],
     Float[Array, "batch seq heads kv_dim"],
@@ -93,8 +89,7 @@ def gradients(
     if reason := unsupported(q, kv, k_rope):
         raise NotImplementedError(f"mla_prefill on Hopper: {reason}")
     operands = q, kv, k_rope, first_keys, lse, d_out, delta, scale
-    d_kv, d_k_rope = gradients_of_keys(*operands, tiles=d_kv_tiles)
-    return gradient_of_queries(*operands, tiles=d_q_tiles), d_kv, d_k_rope
+    return gradient_of_queries(*operands), *gradients_of_keys(*operands)
 
 
 def gradient_of_queries(

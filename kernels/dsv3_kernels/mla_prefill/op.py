@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_kernels.mla_prefill import reference
+from dsv3_kernels.target import is_hopper
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic")
 QUERY_CHUNK = 64
@@ -43,7 +44,7 @@ def mla_prefill(
     With `documents`, a query sees only keys back to the last change of id: a document's tokens
     stand side by side. Differentiable in q, kv and k_rope, by both results; backward recomputes.
 
-    None chooses `mosaic` where the program is for CUDA and the kernel has the case, otherwise
+    None chooses `mosaic` where the program is for Hopper and the kernel has the case, otherwise
     `xla`: `reference` in chunks of queries. Raises ValueError for an unknown implementation and for
     shapes that do not fit, NotImplementedError for a case that the named implementation lacks.
     """
@@ -145,7 +146,7 @@ def _chosen(operands: tuple, implementation: str | None, on_mosaic, plain):
         return plain(1)(*operands)
     if implementation == "mosaic":
         return on_mosaic(*operands)
-    if implementation == "xla" or _mosaic().unsupported(*operands[:3]):
+    if implementation == "xla" or not is_hopper() or _mosaic().unsupported(*operands[:3]):
         return in_chunks(*operands)
     return jax.lax.platform_dependent(*operands, cuda=on_mosaic, default=in_chunks)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from dsv3_kernels.quantize import reference
 from dsv3_kernels.quantize.reference import BLOCK, E4M3, dequantize
+from dsv3_kernels.target import is_hopper
 
 __all__ = ["BLOCK", "E4M3", "dequantize", "quantize", "quantize_transposed"]
 IMPLEMENTATIONS = ("reference", "mosaic")
@@ -33,7 +34,7 @@ def quantize(
 ) -> tuple[Float[Array, "*batch rows columns"], Float[Array, "*batch row_tiles column_tiles"]]:
     """Values in `dtype` and FP32 scales, one for each tile of the last two dims.
 
-    None chooses `mosaic` where the program is for CUDA and the kernel has the case, otherwise
+    None chooses `mosaic` where the program is for Hopper and the kernel has the case, otherwise
     `reference`. Raises ValueError for an unknown implementation, NotImplementedError for a case
     that the named one lacks.
     """
@@ -42,7 +43,10 @@ def quantize(
     plain = partial(reference.quantize, tile=tile, **options)
     if implementation == "reference":
         return plain(x)
-    kernel = partial(_mosaic().quantize, tile=tile, **options)
+
+    def kernel():
+        return partial(_mosaic().quantize, tile=tile, **options)
+
     return _chosen(x, tile, dtype, implementation, kernel, plain)
 
 
@@ -63,7 +67,10 @@ def quantize_transposed(
 
     if implementation == "reference":
         return plain(x)
-    kernel = partial(_mosaic().quantize_transposed, **options)
+
+    def kernel():
+        return partial(_mosaic().quantize_transposed, **options)
+
     return _chosen(x, (1, BLOCK), dtype, implementation, kernel, plain)
 
 
@@ -74,10 +81,10 @@ def _mosaic() -> Any:
 
 def _chosen(x: Array, tile: tuple[int, int], dtype: DTypeLike, named: str | None, kernel, plain):
     if named == "mosaic":
-        return kernel(x)
-    if _mosaic().unsupported(x, tile, dtype):
+        return kernel()(x)
+    if not is_hopper() or _mosaic().unsupported(x, tile, dtype):
         return plain(x)
-    return jax.lax.platform_dependent(x, cuda=kernel, default=plain)
+    return jax.lax.platform_dependent(x, cuda=kernel(), default=plain)
 
 
 def _check(implementation: str | None) -> None:
