@@ -17,7 +17,7 @@ demo: setup
 	$(dsv3) generate runs/demo --prompt 'def ' --prompt 'import ' --temperature 0.7
 
 test: setup
-	$(python) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint:
 	@scripts/setup.sh test,lint

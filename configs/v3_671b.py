@@ -3,7 +3,7 @@
 Source: DeepSeek-V3 Technical Report §3.2, §4.2: 16 pipeline ranks (DualPipe), experts over 8 nodes
 of 8 GPUs, ZeRO-1 data parallelism, no tensor parallelism.
 Hardware there: 2,048 H800, 14.8T tokens in 2.664M GPU hours, 19.9 s a step in FP8. Predicted by
-`dsv3 compile` for this file: 73.9 GB a GPU, 31 s a step.
+`dsv3 compile` for this file: 73.3 GB a GPU, 32 s a step.
 """
 
 from dsv3_jax.config import (

@@ -15,3 +15,11 @@ import hypothesis
 
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repository")
+
+LONGEST = ("test_layout.py", "test_loop.py", "test_cli.py")
+"""Files, which one worker each runs."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, as no other worker could help with the last."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -212,6 +212,23 @@ def test_wrong_bench(dsv3, arguments, fragments):
     assert_one_line(errors, "dsv3 bench", *fragments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["train", "--op", "permute"], ["--op is of the bench of kernels", "expected none"]),
+        (["decode", "--static"], ["--static is of the bench of kernels", "expected none"]),
+        (["kernels", "--config", "a.py"], ["--config is of the bench of train and decode"]),
+        (["kernels", "--set", "a.b=1"], ["--set is of the bench of train and decode"]),
+        (["kernels", "--write", "a.md"], ["--write is of what is compiled", "expected --static"]),
+        (["kernels"], ["the device is cpu", "expected a Hopper GPU, or --static without one"]),
+    ],
+)
+def test_wrong_bench_of_kernels(dsv3, arguments, fragments):
+    code, output, errors = dsv3("bench", *arguments)
+    assert (code, output) == (2, "")
+    assert_one_line(errors, "dsv3 bench", *fragments)
+
+
 def test_wrong_types_in_a_config_file(tmp_path):
     """In a process of its own: here the annotation checks of the tests come first."""
     (tmp_path / "mine.py").write_text(
@@ -300,6 +317,7 @@ def test_reader_that_leaves_is_no_error(tmp_path, flushed):
 # Commands at work
 
 
+@pytest.mark.slow
 def test_bench_prints_one_json_object_and_nothing_else(tmp_path):
     arguments = ["bench", "train", "--config", BENCH_TINY, "--json", "--repeats", "1", *SMALL]
     result = run_python("-m", "dsv3_jax.cli", *arguments, cwd=tmp_path)

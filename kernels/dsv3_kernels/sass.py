@@ -72,10 +72,15 @@ runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H800"
 """
 
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
 _LABEL = re.compile(r"^(\.L_\w+):")
 _BRANCH = re.compile(r"`\((\.L_\w+)\)?")
+_DUMP_NAME = re.compile(r'mosaic_gpu.dump_basename = "\w+"')
 _MMA = re.compile(r"[A-Z]GMMA\.64x(\d+)x\d+")
+
+
+_compiled: "dict[str, Kernel]" = {}
+"""By what they are before compilation: Mosaic compiles none twice in a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +127,11 @@ class Kernel:
 
 
 def compile_for_hopper(
-    function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct
+    function: Callable[..., Any], *arguments: jax.ShapeDtypeStruct | None
 ) -> list[Kernel]:
     """The Mosaic kernels of `function`, compiled for sm_90a.
 
-    ValueError if there are none, or the compiler is not installed. A kernel that this process has
-    compiled before is not compiled again, and so is missing.
+    ValueError if there are none, or the compiler is not installed.
     """
     mesh = Mesh(np.array(_devices()), ("gpu",), axis_types=(AxisType.Auto,))
     whole = PartitionSpec()
@@ -135,17 +139,15 @@ def compile_for_hopper(
         jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
     )
     sharding = NamedSharding(mesh, whole)
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
     options = {"xla_gpu_cuda_data_dir": str(CUDA)} if CUDA.is_dir() else {}
     with _dumped() as folder:
         sharded.lower(*placed).compile(options)
-        stems = sorted(path.with_suffix("") for path in folder.glob("*.ptxas"))
-        kernels = [_read_kernel(stem) for stem in stems]
+        kernels = _read_kernels(folder)
     if not kernels:
-        raise ValueError(
-            "no Mosaic GPU kernel was compiled, expected at least one that this process had not"
-            " compiled before"
-        )
+        raise ValueError("no Mosaic GPU kernel was compiled, expected at least one")
     return kernels
 
 
@@ -153,14 +155,17 @@ def read_sass(text: str) -> tuple[Counter[str], Loop | None]:
     """The instructions of nvdisasm's listing, and its innermost loop that has MMAs."""
     names: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
+    conditional: list[bool] = []
     for line in text.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(names)
         elif instruction := _INSTRUCTION.search(line):
-            names.append((instruction[1], instruction[2]))
+            names.append((instruction[2], instruction[3]))
+            conditional.append(instruction[1] is not None)
     loops = []
     for end, (name, rest) in enumerate(names):
-        target = _BRANCH.search(rest) if name == "BRA" else None
+        # Without a condition it is the way back from code out of line: a barrier's further waits.
+        target = _BRANCH.search(rest) if name == "BRA" and conditional[end] else None
         first = labels.get(target[1], end + 1) if target else end + 1
         if any(_MMA.match(inner) for inner, _ in names[first : end + 1]):
             loops.append(names[first : end + 1])
@@ -183,10 +188,46 @@ def _read_loop(names: list[tuple[str, str]]) -> Loop:
     return Loop(instructions=_count(names), tensor_cycles=cycles, operand_bytes=operand_bytes)
 
 
-def _read_kernel(stem: Path) -> Kernel:
-    ptxas = stem.with_suffix(".ptxas").read_text()
-    counts, main_loop = read_sass(stem.with_suffix(".sass_ctrl").read_text())
-    resources = stem.with_suffix(".resources.txt").read_text()
+def _read_kernels(folder: Path) -> list[Kernel]:
+    """What Mosaic GPU wrote there, in the order that kernels were lowered in.
+
+    It numbers what it lowers, and apart from that what it compiles: a kernel that is new to the
+    process. Both go by the kernel's name and their own order. Of one with lane semantics it does
+    not write what it was, so that such a one is taken for new.
+    """
+    written = list(zip(*(_dumps(folder, suffix) for suffix in ("ptxas", "sass_ctrl")), strict=True))
+    found: dict[str, Kernel] = {}
+    for resources in _dumps(folder, "resources.txt"):
+        stem = resources.name.partition(".")[0]
+        before = folder / f"{stem}.before_layout_inference.txt"
+        text = _DUMP_NAME.sub("", before.read_text()) if before.is_file() else stem
+        if text not in _compiled:
+            own = [pair for pair in written if _name(pair[0]) == _name(resources)]
+            if not own:
+                raise ValueError(f"kernel {stem} was compiled before, expected a new one")
+            written.remove(own[0])
+            dumps = *own[0], resources
+            _compiled[text] = _read_kernel(*(dump.read_text() for dump in dumps))
+        found[text] = _compiled[text]
+    return list(found.values())
+
+
+def _dumps(folder: Path, suffix: str) -> list[Path]:
+    """By number."""
+    return sorted(folder.glob(f"*.{suffix}"), key=lambda path: int(_stem(path)[2]))
+
+
+def _name(path: Path) -> str:
+    """Of the kernel."""
+    return _stem(path)[0]
+
+
+def _stem(path: Path) -> tuple[str, str, str]:
+    return path.name.partition(".")[0].rpartition("_")
+
+
+def _read_kernel(ptxas: str, listing: str, resources: str) -> Kernel:
+    counts, main_loop = read_sass(listing)
     return Kernel(
         registers=_number(r"Used (\d+) registers", ptxas),
         spilled_bytes=_number(r"(\d+) bytes spill stores", ptxas),

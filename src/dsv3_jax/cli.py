@@ -18,8 +18,10 @@ EXAMPLES = """examples:
   dsv3 import ~/DeepSeek-V3-tiny runs/imported
   dsv3 export runs/demo exported --weights float8_e4m3fn
   dsv3 bench train --config configs/bench_tiny.py --json
+  dsv3 bench kernels --static --op mla_prefill
   dsv3 compile configs/v3_671b.py --gpu h800 --hosts 256 --dump compiled
   dsv3 schedule dualpipe --stages 8 --micro-batches 20 --png schedule.png"""
+BENCH_CONFIG = "configs/bench_tiny.py"
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,12 +139,20 @@ def parser() -> Parser:
         help="(default bfloat16)",
     )
 
-    bench = command("bench", run_bench, "Measure training or decoding on this machine.")
-    bench.add_argument("what", choices=("train", "decode"))
-    bench.add_argument("--config", default="configs/bench_tiny.py", help="(default %(default)s)")
+    summary = "Measure training, decoding or the GPU kernels on this machine."
+    bench = command("bench", run_bench, summary)
+    bench.add_argument("what", choices=("train", "decode", "kernels"))
+    bench.add_argument("--config", help=f"of train and decode (default {BENCH_CONFIG})")
     bench.add_argument("--batch-size", type=int, help="sequences (train: the config's; decode: 1)")
     bench.add_argument("--repeats", type=int, default=7, help="timed repeats (default 7)")
     bench.add_argument("--json", action="store_true", help="print one JSON object only")
+    bench.add_argument(
+        "--static", action="store_true", help="kernels: compile for an H800 that is not here"
+    )
+    bench.add_argument("--op", help="kernels: those of one op (default: of all)")
+    bench.add_argument(
+        "--write", type=Path, metavar="FILE", help="kernels, static: put the table into this file"
+    )
     _add_set(bench)
 
     schedule = command("schedule", run_schedule, "Draw a pipeline schedule and what it costs.")
@@ -290,11 +300,18 @@ def run_export(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """`dsv3 bench`."""
-    config = _config(options)
     if options.repeats < 1:
         raise ValueError(f"--repeats is {options.repeats}, expected at least 1")
     if options.batch_size is not None and options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
+    only_kernels = {"--static": options.static, "--op": options.op, "--write": options.write}
+    if options.what == "kernels":
+        others = {"--config": options.config, "--batch-size": options.batch_size}
+        _refuse(others | {"--set": options.set}, "train and decode")
+        return _bench_kernels(options)
+    _refuse(only_kernels, "kernels")
+    options.config = BENCH_CONFIG if options.config is None else options.config
+    config = _config(options)
 
     simulate_devices(config.parallel.simulated_devices)
     from dsv3_jax.plan.bench import bench_decode, bench_train, print_report
@@ -302,6 +319,27 @@ def run_bench(options: argparse.Namespace) -> int:
     run = bench_train if options.what == "train" else bench_decode
     report = run(config, options.batch_size, options.repeats)
     print_report(report, as_json=options.json)
+    return 0
+
+
+def _refuse(given: dict[str, Any], of: str) -> None:
+    """ValueError for an option of another bench that is there."""
+    if name := next((name for name, value in given.items() if value), None):
+        raise ValueError(f"{name} is of the bench of {of}, expected none")
+
+
+def _bench_kernels(options: argparse.Namespace) -> int:
+    if options.write is not None and not options.static:
+        raise ValueError("--write is of what is compiled, expected --static too")
+    if options.static:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU compiled for is not this machine's
+
+    from dsv3_jax.plan.bench_kernels import bench_static, bench_timed
+
+    if options.static:
+        bench_static(options.op, as_json=options.json, readme=options.write)
+    else:
+        bench_timed(options.op, options.repeats, as_json=options.json)
     return 0
 
 

@@ -112,6 +112,7 @@ def test_logits_are_the_oracles(directory, tensors):
     assert np.linalg.norm(found - changed) / np.linalg.norm(changed) > 2 * LOGITS
 
 
+@pytest.mark.slow
 def test_decoding_computes_what_prefill_does(directory):
     """The absorbed form reads kv_b_proj's matrix itself."""
     model = load(directory, FP8)

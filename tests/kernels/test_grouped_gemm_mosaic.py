@@ -1,17 +1,14 @@
 """The Hopper kernel of grouped_gemm: raced on CPU, compiled for sm_90a, against the reference."""
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels.grouped_gemm import mosaic_sm90, reference, shapes, tiles
+from dsv3_kernels.grouped_gemm import mosaic_sm90, reference, shapes
+from dsv3_kernels.grouped_gemm.bench import chosen_tiles, group_rows
 from dsv3_kernels.grouped_gemm.tiles import (
     MIDDLE_BF16,
     SQUARE_FP8,
@@ -20,6 +17,7 @@ from dsv3_kernels.grouped_gemm.tiles import (
     Tiles,
 )
 from dsv3_kernels.quantize.reference import quantize
+from tests.kernels.compiled import compiled_cases
 from tests.kernels.test_fp8_gemm_mosaic import assert_close
 
 BLOCKS, IN_ROWS = (128, 128), (1, 128)
@@ -138,92 +136,26 @@ def test_what_is_swapped_is_seen(which):
         assert_close(got, right)
 
 
-PROGRAM = """
-import functools, json, sys
-import jax, jax.numpy as jnp
-from dsv3_kernels import sass
-from dsv3_kernels.grouped_gemm import mosaic_sm90
-
-def spec(shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-def tiles_of(shape, tile):
-    return spec((*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1])))
-
-for line in sys.stdin:
-    case, n_of_tile = json.loads(line)
-    groups, rows, n, k, fp8 = (case[name] for name in ("groups", "rows", "n", "k", "is_fp8"))
-    options = {} if case["form"] == "masked_rows" else dict(alignment=case["alignment"])
-    b = groups, n, k
-    if case["form"] == "ragged_k":
-        a, b = ((k, rows), (n, rows)) if fp8 else ((rows, k), (rows, n))
-    else:
-        a = (groups, rows, k) if case["form"] == "masked_rows" else (rows, k)
-        if case["transpose_b"]:
-            b, options["transpose_b"] = (groups, k, n), True
-    dtype = jnp.float8_e4m3fn if fp8 else jnp.bfloat16
-    arguments = [spec(a, dtype), spec(b, dtype), spec((groups,), jnp.int32)]
-    if fp8:
-        b_tile = (1, 128) if case["form"] == "ragged_k" else (128, 128)
-        arguments += [tiles_of(a, (1, 128)), tiles_of(b, b_tile)]
-
-    def product(a, b, sizes, *scales):
-        kernel = getattr(mosaic_sm90, case["form"])
-        return kernel(a, b, sizes, scales or None, case["out_dtype"], **options)
-
-    [kernel] = sass.compile_for_hopper(product, *arguments)
-    loop, counts = kernel.main_loop, kernel.instructions
-    steps = (loop.instructions.get("QGMMA", 0) + loop.instructions.get("HGMMA", 0)) // 4
-    copied = steps * (128 + n_of_tile) * 128
-    print(json.dumps(dict(
-        registers=kernel.registers, spilled=kernel.spilled_bytes, counts=dict(counts),
-        shared_memory=kernel.shared_memory_bytes, loop=dict(loop.instructions),
-        tensor_cycles=loop.tensor_cycles, operand_bytes=loop.operand_bytes, steps=steps,
-        share=loop.share_of_peak(2, copied),
-    )))
-"""
-
-
-def chosen(shape: shapes.Shape) -> Tiles:
-    rows = {
-        "ragged_rows": shape.rows // shape.groups,
-        "masked_rows": shape.rows,
-        "ragged_k": shape.k,
-    }[shape.form]
-    b_in_rows = shape.form == "ragged_k" and shape.is_fp8
-    return tiles.choose(rows, shape.groups, shape.n, is_fp8=shape.is_fp8, b_in_rows=b_in_rows)
-
-
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("precision", ["FP8", "BF16"])
-def test_the_models_shapes_compile(precision):
-    """In a process of its own: this one has JAX's CPU devices, and no other plugin, to keep."""
-    model = getattr(shapes, precision)
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input="\n".join(json.dumps([asdict(shape), chosen(shape).n]) for shape in model),
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    reports = [json.loads(line) for line in result.stdout.splitlines()]
-    mma, other = ("QGMMA", "HGMMA") if precision == "FP8" else ("HGMMA", "QGMMA")
-    for shape, report in zip(model, reports, strict=True):
-        used, steps = chosen(shape), report["steps"]
-        assert report["spilled"] == 0, shape
-        assert report["registers"] == 168  # of which set_max_registers' numbers are made
-        assert report["shared_memory"] <= tiles.SHARED_MEMORY_BYTES
-        assert report["counts"]["UTMALDG"] >= (4 if shape.is_fp8 else 2)
-        assert report["counts"]["UTMASTG"] > 0
-        assert report["loop"][mma] == 4 * steps > 0
-        assert not {other, "HMMA", "STL", "LDL"} & set(report["counts"])
-        assert report["tensor_cycles"] == steps * 4 * used.n / 2
-        assert report["operand_bytes"] == steps * (64 + used.n) * 128
-        assert report["share"]["issue"] == 1  # sums are added under the other warpgroup's wgmma
-        assert report["share"]["shared_memory"] >= 0.7, shape
+def test_the_models_shapes_compile():
+    model = (*shapes.FP8, *shapes.BF16)
+    for shape, report in zip(model, compiled_cases("grouped_gemm"), strict=True):
+        mma, other = ("QGMMA", "HGMMA") if shape.is_fp8 else ("HGMMA", "QGMMA")
+        used = chosen_tiles(shape)
+        [kernel] = report["compiled"]
+        counts, loop = kernel["instructions"], kernel["main_loop"]
+        steps = loop["instructions"][mma] // 4
+        assert kernel["registers"] == 168  # of which set_max_registers' numbers are made
+        assert counts["UTMALDG"] >= (4 if shape.is_fp8 else 2)
+        assert counts["UTMASTG"] > 0
+        assert loop["instructions"][mma] == 4 * steps > 0
+        assert not {other, "HMMA"} & set(counts)
+        assert loop["tensor_cycles"] == steps * 4 * used.n / 2
+        assert loop["operand_bytes"] == steps * (64 + used.n) * 128
+        # Sums are added under the other warpgroup's wgmma.
+        assert report["shares"]["loop: issue"] == 1
+        assert report["shares"]["loop: shared memory"] >= 0.7, shape
 
 
 # Masked rows are a few, and bound by the memory that weights are read from.
@@ -233,9 +165,8 @@ COMPUTING = [shape for shape in (*shapes.FP8, *shapes.BF16) if shape.form != "ma
 @pytest.mark.parametrize("shape", COMPUTING, ids=lambda shape: shape.name)
 def test_the_predicted_share_of_peak(shape):
     """Edges, rounds and L2 counted; of groups of the same size."""
-    rows = shape.k if shape.form == "ragged_k" else shape.rows // shape.groups
     b_in_rows = shape.form == "ragged_k" and shape.is_fp8
-    share = chosen(shape).share_of_peak(rows, shape.groups, shape.n, b_in_rows)
+    share = chosen_tiles(shape).share_of_peak(group_rows(shape), shape.groups, shape.n, b_in_rows)
     # 2,048 columns are 5 1/3 pairs of tiles of 192: L2 bounds single ones, which fit better.
     assert share >= (0.69 if b_in_rows and shape.n == 2048 else 0.7)
 

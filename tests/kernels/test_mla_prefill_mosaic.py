@@ -4,19 +4,16 @@ Both in processes of their own. Mosaic's interpreter runs a warpgroup a thread, 
 exponentials on the threads that are left: with as few as there are cores all would wait for ever.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
 
-from dsv3_kernels.mla_prefill import mosaic_sm90, shapes, tiles
+from dsv3_kernels.mla_prefill import mosaic_sm90, tiles
 from dsv3_kernels.mla_prefill.op import mla_prefill
 from dsv3_kernels.mla_prefill.tiles import Turns
+from tests.kernels.compiled import compiled_cases, results
 
 KERNELS = ("forward", "d_q", "d_kv")
 LARGEST_ERROR = {"bfloat16": 1e-3, "float32": 1e-5}
@@ -76,57 +73,11 @@ for line in sys.stdin:
     print(json.dumps([(x.dtype.name, *errors(x, y)) for x, y in zip(got, want, strict=True)]))
 """
 
-COMPILED = """
-import json, sys
-import jax, jax.numpy as jnp
-from dsv3_kernels import sass
-from dsv3_kernels.mla_prefill import mosaic_sm90, mosaic_sm90_backward
 
-def spec(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-for line in sys.stdin:
-    kernel, shape, scale = json.loads(line)
-    batch, seq, heads = (shape[name] for name in ("batch", "seq", "heads"))
-    arguments = [
-        spec(batch, seq, heads, 192), spec(batch, seq, heads, 256), spec(batch, seq, 64),
-        spec(batch, seq, dtype=jnp.int32),
-    ]
-    if kernel == "forward":
-        function = mosaic_sm90.attend
-    else:
-        function = getattr(mosaic_sm90_backward, kernel)
-        of_rows = spec(batch, heads, seq, dtype=jnp.float32)
-        arguments += [of_rows, spec(batch, seq, heads, 128), of_rows]
-    def call(q, kv, k_rope, first_keys, *rest):
-        first_keys = first_keys if shape["documents"] else None
-        return function(q, kv, k_rope, first_keys, *rest, scale)
-    [compiled] = sass.compile_for_hopper(call, *arguments)
-    print(json.dumps(dict(
-        registers=compiled.registers, spilled=compiled.spilled_bytes,
-        shared_memory=compiled.shared_memory_bytes, counts=dict(compiled.instructions),
-    )))
-"""
-
-
-def results(program: str, cases: list, **environment: str) -> list:
-    """A line of JSON for each case."""
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        input="\n".join(json.dumps(case) for case in cases),
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-def raced(batch: int, seq: int, heads: int, starts, programs: int, wrong=False) -> dict:
+def raced(kernels, batch: int, seq: int, heads: int, starts, programs: int, wrong=False) -> dict:
     """Of each kernel, the errors of its results."""
-    cases = [(name, batch, seq, heads, starts, programs, wrong) for name in KERNELS]
-    return dict(zip(KERNELS, results(RACED, cases, NPROC="16"), strict=True))
+    cases = [(name, batch, seq, heads, starts, programs, wrong) for name in kernels]
+    return dict(zip(kernels, results(RACED, cases, NPROC="16"), strict=True))
 
 
 def are_small(errors) -> bool:
@@ -142,50 +93,52 @@ def slow(*values):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    ("batch", "seq", "heads", "starts", "programs"),
+    ("kernels", "batch", "seq", "heads", "starts", "programs"),
     [
         # Two tiles of one program, the second of them ragged, and stages used again.
-        (1, 150, 1, None, 1),
+        (KERNELS[:1], 1, 150, 1, None, 1),
+        slow(KERNELS[1:], 1, 150, 1, None, 1),
         # Documents that begin in the midst of blocks; a block that a tile need not look at.
-        slow(1, 300, 1, [3, 140, 270], 1),
+        slow(KERNELS, 1, 300, 1, [3, 140, 270], 1),
         # An odd number of tiles, so that pairs reach over heads; less than a block.
-        slow(2, 260, 3, None, 2),
-        slow(1, 20, 1, [1, 7], 2),
+        slow(KERNELS, 2, 260, 3, None, 2),
+        slow(KERNELS, 1, 20, 1, [1, 7], 2),
     ],
 )
-def test_each_kernel_gives_the_references(batch, seq, heads, starts, programs):
-    for kernel, errors in raced(batch, seq, heads, starts, programs).items():
+def test_each_kernel_gives_the_references(kernels, batch, seq, heads, starts, programs):
+    for kernel, errors in raced(kernels, batch, seq, heads, starts, programs).items():
         assert are_small(errors), kernel
 
 
 @pytest.mark.slow
 @pytest.mark.interpret
 def test_documents_that_begin_one_key_later_are_seen():
-    for kernel, errors in raced(1, 150, 1, [70], 1, wrong=True).items():
+    for kernel, errors in raced(KERNELS, 1, 150, 1, [70], 1, wrong=True).items():
         assert not are_small(errors), kernel
 
 
-PRODUCTS = {"forward": 20, "gradient_of_queries": 2 * 28, "gradients_of_keys": 2 * 30}
+PRODUCTS = {"forward": [20], "backward": [2 * 28, 2 * 30]}
 """HGMMA in a step, in as many copies of the code as there are warpgroups that have one."""
 
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("kernel", PRODUCTS)
-def test_the_models_shapes_compile(kernel):
-    model = shapes.TRAINING if kernel != "forward" else shapes.TRAINING + shapes.PREFILL[1:]
-    cases = [(kernel, asdict(shape), shapes.SCALE) for shape in model]
-    for shape, report in zip(model, results(COMPILED, cases), strict=True):
-        counts = Counter(report["counts"])
-        assert report["spilled"] == 0, shape
-        assert not {"STL", "LDL", "QGMMA", "HMMA"} & set(counts)
-        assert report["registers"] == 168  # of which set_max_registers' numbers are made
-        assert report["shared_memory"] <= tiles.SHARED_MEMORY_BYTES
-        assert counts["HGMMA"] == PRODUCTS[kernel]
-        # One at most before and after each product: ptxas did not put them one after the other.
-        assert counts["WARPGROUP"] < counts["HGMMA"]
-        assert counts["UTMALDG"] >= 5
-        assert counts["UTMASTG"] >= 2
+def test_the_models_shapes_compile():
+    for report in compiled_cases("mla_prefill"):
+        kernels = report["compiled"]
+        direction = report["case"].rpartition(", ")[2]
+        found = [kernel["instructions"]["HGMMA"] for kernel in kernels]
+        assert found == PRODUCTS[direction]
+        for kernel in kernels:
+            counts = Counter(kernel["instructions"])
+            assert not {"QGMMA", "HMMA"} & set(counts)
+            assert kernel["registers"] == 168  # of which set_max_registers' numbers are made
+            # One at most before and after each product: ptxas did not put them in a row.
+            assert counts["WARPGROUP"] < counts["HGMMA"]
+            assert counts["UTMALDG"] >= 5
+            assert counts["UTMASTG"] >= 2
+        if direction == "forward":
+            assert report["share"] >= (0.65 if "short" in report["case"] else 0.8)
 
 
 def test_predicted_shares_of_peak():

@@ -1,17 +1,13 @@
 """The Hopper kernels of quantize: raced on the CPU, compiled for sm_90a, bit by bit as defined."""
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_kernels.quantize import mosaic_sm90, reference, shapes, tiles
+from dsv3_kernels.quantize import mosaic_sm90, reference, tiles
+from tests.kernels.compiled import compiled_cases
 
 ROWS, BLOCKS, COLUMNS = (1, 128), (128, 128), (128, 1)
 
@@ -92,64 +88,21 @@ def test_a_reciprocal_is_the_nearest_for_every_mantissa(off):
     np.testing.assert_array_equal(np.asarray(got), want)
 
 
-PROGRAM = """
-import functools, json, sys
-import jax
-from dsv3_kernels import sass
-from dsv3_kernels.quantize import mosaic_sm90
-
-for line in sys.stdin:
-    shape, tile, dtype, power_of_two = json.loads(line)
-    if tile == [128, 1]:
-        function = mosaic_sm90.quantize_transposed
-    else:
-        function = functools.partial(mosaic_sm90.quantize, tile=tuple(tile))
-    [kernel] = sass.compile_for_hopper(
-        functools.partial(function, power_of_two=power_of_two), jax.ShapeDtypeStruct(shape, dtype)
-    )
-    print(json.dumps(dict(
-        registers=kernel.registers, spilled=kernel.spilled_bytes,
-        shared_memory=kernel.shared_memory_bytes, counts=dict(kernel.instructions),
-    )))
-"""
-
-
-def compile_each(cases: list[tuple]) -> list[dict]:
-    """In a process of its own: this one has JAX's CPU devices, and no other plugin, to keep."""
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input="\n".join(json.dumps(case) for case in cases),
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("tile", [ROWS, COLUMNS, BLOCKS])
-def test_the_models_shapes_compile(tile):
-    model = shapes.WEIGHTS if tile == BLOCKS else shapes.ACTIVATIONS
-    cases = [(shape, tile, "bfloat16", False) for shape in model]
-    cases += [(model[0], tile, "bfloat16", True), (model[0], tile, "float32", False)]
-    for (_, _, dtype, _), report in zip(cases, compile_each(cases), strict=True):
-        counts, itemsize = report["counts"], jnp.dtype(dtype).itemsize
-        rows = 128 if tile == BLOCKS else tiles.M
-        assert report["spilled"] == 0
-        assert not {"STL", "LDL"} & set(counts)
+def test_the_models_shapes_compile():
+    for report in compiled_cases("quantize"):
+        [kernel] = report["compiled"]
+        counts = kernel["instructions"]
+        rows = 128 if report["case"].startswith("blocks") else tiles.M
         assert (counts["UTMALDG"], counts["UTMASTG"]) == (1, 1)  # x, values
         assert counts["F2FP"] == rows * tiles.K // 128 // 2  # two values each
-        assert report["shared_memory"] <= tiles.shared_memory_bytes(itemsize, rows) + 4096
-        # What is under way while one program computes: memory's latency times its bandwidth.
-        programs = tiles.programs_per_sm(itemsize, rows, report["registers"])
-        assert programs >= 2
-        assert programs * rows * tiles.K * itemsize >= 15_000
-        # A warp of each program on each scheduler: its instructions against the bytes it moves.
-        bytes_moved = rows * tiles.K * (itemsize + 1 + 4 / 128)
-        assert sum(counts.values()) < bytes_moved / tiles.MEMORY_BYTES_PER_CYCLE
+        itemsize = 4 if report["case"].endswith("FP32") else 2
+        assert kernel["shared_memory_bytes"] <= tiles.shared_memory_bytes(itemsize, rows) + 4096
+        assert tiles.programs_per_sm(itemsize, rows, kernel["registers"]) >= 2
+        # A warp of each program on each scheduler issues its instructions while memory moves its
+        # bytes, and enough is under way while one program computes.
+        assert report["shares"]["issue"] == report["shares"]["latency"] == 1
 
 
 def test_what_the_kernels_will_not_take():

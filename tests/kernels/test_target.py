@@ -7,8 +7,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dsv3_kernels.fp8_gemm.op import fp8_gemm
 from dsv3_kernels.grouped_gemm.op import masked_rows, ragged_k, ragged_rows
+from dsv3_kernels.logfmt.op import encode
+from dsv3_kernels.mla_decode.op import mla_decode_rows
 from dsv3_kernels.mla_prefill.op import mla_prefill
+from dsv3_kernels.permute.op import sum_rows, take_rows
 from dsv3_kernels.quantize.op import quantize
+from dsv3_kernels.swiglu_quantize.op import swiglu_quantize
 from dsv3_kernels.target import is_hopper
 
 KINDS = {"NVIDIA H800": True, "NVIDIA H100 80GB HBM3": True, "NVIDIA GH200 480GB": True}
@@ -53,6 +57,14 @@ OPERATIONS = {
         attention,
         (bfloat16(1, 128, 2, 192), bfloat16(1, 128, 2, 256), bfloat16(1, 128, 64)),
     ),
+    "mla_decode": (
+        lambda *x: mla_decode_rows(*x, 0.1),
+        (bfloat16(2, 1, 16, 576), bfloat16(2, 128, 576), int32(2)),
+    ),
+    "take_rows": (take_rows, (bfloat16(16, 256), int32(8))),
+    "sum_rows": (sum_rows, (bfloat16(16, 256), int32(8, 2))),
+    "swiglu_quantize": (swiglu_quantize, (bfloat16(128, 512),)),
+    "logfmt encode": (lambda x: encode(x, 10), (bfloat16(128, 256),)),
 }
 
 

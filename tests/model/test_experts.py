@@ -1,27 +1,38 @@
 """Routed experts against a loop over experts in float64, for routings from even to adversarial."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from dsv3_jax.model.experts import Experts, swiglu
+from dsv3_jax.model.experts import (
+    AfterSwiglu,
+    Experts,
+    LocalDispatcher,
+    expert_products,
+    swiglu,
+)
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.dispatch_plan import choose_capacity, overflow_block, plan_dispatch
+from dsv3_jax.quant.matmul import QuantisedProduct, SwigluProduct
+from dsv3_jax.quant.recipe import RULES, make_recipe
 from tests.oracle import tape
 from tests.parallel.routings import KINDS, draw_routing
 from tests.programs import dot_flops, quick_jit
 from tests.tolerances import BFLOAT16_OP, FLOAT32_GRADIENTS_OP, FLOAT32_OP, assert_close
+from tests.train.models import relative_error
 
 TOP_K, EXPERTS, HIDDEN, WIDTH = 3, 8, 12, 6
 TOKENS = [2, 20, 300]
 """Fewer pairs than experts; a slot for every pair; slots and overflow blocks."""
 
 
-def build(dtype=jnp.float32):
+def build(dtype=jnp.float32, dispatcher=None):
     sizes = {"std": 0.4, "dtype": jnp.dtype(dtype), "rngs": nnx.Rngs(0)}
-    return Experts(EXPERTS, HIDDEN, WIDTH, **sizes)
+    return Experts(EXPERTS, HIDDEN, WIDTH, **sizes, dispatcher=dispatcher)
 
 
 def draw_inputs(tokens, seed=0):
@@ -105,6 +116,34 @@ def test_bfloat16_stays_bfloat16():
     assert found.dtype == jnp.bfloat16
     expected, _ = expert_by_expert(module, x, weights, chosen, np.zeros(x.shape))
     assert_close(found, expected, BFLOAT16_OP)
+
+
+SWIGLU_INSIDE = {"published", "e5m2_gradients"}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_in_fp8_swiglu_is_part_of_the_product_where_the_rule_allows_it(rules):
+    down = expert_products(make_recipe("fp8", rules)).down
+    rule = RULES[rules]["down_proj"]
+    apart = AfterSwiglu(QuantisedProduct(rule))
+    assert down == (SwigluProduct(rule) if rules in SWIGLU_INSIDE else apart)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_in_fp8_swiglu_as_part_of_the_product_is_the_one_before_it(tokens):
+    """A value in ten thousand, in FP32 a last place away, may round to another of FP8."""
+    products = expert_products(make_recipe("fp8"))
+    apart = replace(products, down=AfterSwiglu(QuantisedProduct(RULES["published"]["down_proj"])))
+    x, weights, cotangent = map(jnp.asarray, draw_inputs(tokens))
+    chosen = jnp.asarray(draw_routing(tokens, TOP_K, EXPERTS, "same experts", 1), jnp.int32)
+    inside, before, unquantised = (
+        jax.tree.leaves(
+            run_with_gradients(build(dispatcher=dispatcher), x, weights, chosen, cotangent)
+        )
+        for dispatcher in (LocalDispatcher(products), LocalDispatcher(apart), LocalDispatcher())
+    )
+    for found, expected, far in zip(inside, before, unquantised, strict=True):
+        assert relative_error(found, expected) < 1e-3 < relative_error(far, expected)
 
 
 def trips_of(chosen: np.ndarray, experts: int) -> int:

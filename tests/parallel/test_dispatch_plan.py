@@ -15,6 +15,7 @@ from dsv3_jax.parallel.dispatch_plan import (
     overflow_pairs,
     plan_dispatch,
 )
+from dsv3_kernels.permute.plan import NOTHING
 from tests.parallel.routings import KINDS, draw_routing
 from tests.programs import quick_jit
 
@@ -51,18 +52,21 @@ def check(experts: np.ndarray, num_experts: int, capacity: int) -> None:
     load = np.bincount(expert_of, minlength=num_experts)
     np.testing.assert_array_equal(plan.group_size, load)
 
-    assert plan.slot_pair.shape == plan.slot_filled.shape == (num_experts, capacity)
-    assert plan.slot_pair.size == 0 or 0 <= plan.slot_pair.min() <= plan.slot_pair.max() < pairs
-    np.testing.assert_array_equal(plan.slot_filled.sum(axis=1), np.minimum(load, capacity))
-    in_slots = plan.slot_pair[plan.slot_filled]
-    slots_expert = np.repeat(np.arange(num_experts), plan.slot_filled.sum(axis=1))
-    np.testing.assert_array_equal(expert_of[in_slots], slots_expert)
+    assert plan.slot_pair.shape == plan.slot_token.shape == (num_experts, capacity)
+    filled = np.minimum(load, capacity)
+    is_filled = np.arange(capacity) < filled[:, None]
+    np.testing.assert_array_equal(plan.slot_pair != NOTHING, is_filled)
+    in_slots = plan.slot_pair[is_filled]
+    np.testing.assert_array_equal(expert_of[in_slots], np.repeat(np.arange(num_experts), filled))
+    expected = np.where(is_filled, plan.slot_pair // top_k, NOTHING)
+    np.testing.assert_array_equal(plan.slot_token, expected)
 
     # The same from the pair's side.
-    assert plan.pair_in_slot.sum() == len(in_slots)
-    for pair in np.flatnonzero(plan.pair_in_slot.ravel()):
-        slot = plan.pair_slot.ravel()[pair]
-        assert plan.slot_pair.ravel()[slot] == pair and plan.slot_filled.ravel()[slot]
+    pair_slot = plan.pair_slot.ravel()
+    assert pair_slot.size == pairs and pair_slot.min() >= NOTHING
+    with_slot = np.flatnonzero(pair_slot != NOTHING)
+    assert len(with_slot) == len(in_slots)
+    np.testing.assert_array_equal(plan.slot_pair.ravel()[pair_slot[with_slot]], with_slot)
 
     size = overflow_block(tokens)
     needed = -(-np.maximum(load - capacity, 0) // size)
@@ -100,9 +104,9 @@ def test_the_example_of_the_module():
     experts = jnp.asarray([[0, 1], [0, 1], [0, 1], [0, 2]])
     plan, blocks = plan_and_blocks(experts, 3, 2)
     np.testing.assert_array_equal(plan.sorted_pairs, [0, 2, 4, 6, 1, 3, 5, 7])
-    np.testing.assert_array_equal(plan.slot_filled, [[True, True], [True, True], [True, False]])
-    np.testing.assert_array_equal(plan.slot_pair[:2], [[0, 2], [1, 3]])
-    assert plan.slot_pair[2, 0] == 7
+    np.testing.assert_array_equal(plan.slot_pair, [[0, 2], [1, 3], [7, NOTHING]])
+    np.testing.assert_array_equal(plan.slot_token, [[0, 1], [0, 1], [3, NOTHING]])
+    np.testing.assert_array_equal(plan.pair_slot, [[0, 2], [1, 3], [NOTHING] * 2, [NOTHING, 4]])
     np.testing.assert_array_equal(plan.block_end, [1, 2, 2])
     experts_of_blocks, pairs, real = blocks
     np.testing.assert_array_equal(experts_of_blocks[:2], [0, 1])
@@ -123,7 +127,7 @@ def test_pairs_of_other_devices_come_last_and_go_nowhere(tokens, top_k, experts,
     np.testing.assert_array_equal(plan.group_size, load)
     np.testing.assert_array_equal(plan.group_start, np.cumsum(load) - load)
     np.testing.assert_array_equal(plan.sorted_pairs, np.argsort(flat, kind="stable"))
-    assert not np.asarray(plan.pair_in_slot)[routing < 0].any()
+    assert np.all(np.asarray(plan.pair_slot)[routing < 0] == NOTHING)
 
 
 def test_plans_have_no_loop():

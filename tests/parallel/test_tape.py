@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.parallel.tape import AUTODIFF, Player, Recorder
+from dsv3_jax.parallel.tape import AUTODIFF, Inputs, Player, Recorder
 from dsv3_jax.quant.formats import E4M3_POWER_OF_TWO, E4M3_ROWS, PLAIN
 from tests.kernels.test_quantize import (
     E4M3,
@@ -259,6 +259,31 @@ def test_from_kept_of_nothing_where_it_overflows():
     x = jnp.full((2, 4), 100.0)
     found = Player({}).from_kept(("x",), E4M3_ROWS, jnp.exp, x)
     np.testing.assert_array_equal(found, np.inf)
+
+
+def test_a_product_of_several_arrays():
+    """Of the product's weight alone in Inputs, whose x are constants, whatever they are made of."""
+    gate, up, weight, gradient = arguments()
+
+    def layer(tape, weight):
+        x = gate * jnp.sum(weight), up
+        return tape.linear("product", lambda x, weight: swiglu(*x, weight), x, weight)
+
+    recorder = Recorder(frozenset())
+    value = layer(recorder, weight)
+    assert recorder.outputs["product"] is value
+    assert_same(layer(AUTODIFF, weight), value)
+
+    def outputs(weight):
+        tape = Inputs({}, frozenset({"product"}))
+        layer(tape, weight)
+        return tape.outputs["product"]
+
+    found, pull_back = jax.vjp(outputs, weight)
+    assert_same(found, value)
+    scaled = gate * jnp.sum(weight)
+    expected = jax.vjp(lambda weight: swiglu(scaled, up, weight), weight)[1](gradient)[0]
+    assert_close(pull_back(gradient)[0], expected, FLOAT32_OP)
 
 
 def test_what_backward_has_of_a_value():

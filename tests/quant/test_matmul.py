@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.quant.matmul import QuantisedProduct
-from dsv3_jax.quant.recipe import PUBLISHED, RULES
+from dsv3_jax.quant.matmul import QuantisedProduct, SwigluProduct
+from dsv3_jax.quant.recipe import PUBLISHED, RULES, Operand
 from dsv3_jax.quant.scaled_array import joined, quantise, trained, untrained, with_handles
+from dsv3_kernels.swiglu_quantize.reference import activation
 from tests.kernels.test_quantize import (
     BLOCK,
     E4M3,
@@ -355,3 +356,134 @@ def test_bytes_that_wait_for_backward(name):
     of_weight = OUT * IN + 4 * ceil(OUT / 128) * ceil(IN / 128)
     found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.eval_shape(waiting, x, weight))
     assert found - of_weight == KEPT_BYTES[name](TOKENS, IN)
+
+
+# SwiGLU, weights and product
+
+
+def swiglu_operands(*batch: int) -> list[np.ndarray]:
+    """h, weights, W, dy, and how many rows are filled: all but 21 of the second matrix's."""
+    _, weight, dy = operands(*batch)
+    h, weights = tensor((*batch, TOKENS, 2 * IN), 3), tensor((*batch, TOKENS), 4)
+    arrays = [h, weights, weight, dy]
+    if batch:
+        h[1, -21:], weights[1, -21:], dy[1, -21:] = np.nan, np.nan, 0
+        arrays.append(np.array([TOKENS, TOKENS - 21], np.int32))
+    return arrays
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+def run_swiglu(rule, h, weights, weight, dy, filled=None) -> dict:
+    def product(h, weights, weight):
+        return SwigluProduct(rule)((h, weights), weight, filled, expected=TOKENS)
+
+    y, pull_back = jax.vjp(product, h, weights, weight)
+    names = "dh", "dweights", "dw"
+    return dict(y=y) | dict(zip(names, pull_back(dy), strict=True))
+
+
+activated = jax.jit(activation, compiler_options=QUICKLY)
+
+
+def swiglu_by_hand(hand: ByHand, h, weights, weight, dy, filled=None) -> dict:
+    """Of the activation that the kernels' reference has, so that the same values are rounded."""
+    there = None if filled is None else jnp.asarray(filled)
+    a = np.asarray(activated(jnp.asarray(h), jnp.asarray(weights), there))
+    found = by_hand(hand, a, weight, dy)
+    rows = np.arange(TOKENS) < (TOKENS if filled is None else filled[..., None])
+    h, weights = (np.nan_to_num(x.astype(np.float64)) for x in (h, weights))
+    gate, up = np.split(h, 2, axis=-1)
+    sigmoid = 1 / (1 + np.exp(-gate))
+    d_a = found.pop("dx") * rows[..., None]
+    d_product = d_a * weights[..., None]
+    d_gate = d_product * up * sigmoid * (1 + gate * (1 - sigmoid))
+    dh = np.concatenate([d_gate, d_product * gate * sigmoid], axis=-1)
+    return found | dict(dh=dh, dweights=np.sum(d_a * gate * sigmoid * up, axis=-1))
+
+
+DOWN = PUBLISHED_BY_HAND["down_proj"]
+
+
+@pytest.mark.parametrize("batch", [(), (EXPERTS,)])
+@pytest.mark.parametrize("rules", ["published", "e5m2_gradients"])
+def test_swiglu_product(rules, batch):
+    arrays = swiglu_operands(*batch)
+    found = run_swiglu(RULES[rules]["down_proj"], *map(jnp.asarray, arrays))
+    assert_close(found, swiglu_by_hand(rule_by_hand(rules, "down_proj"), *arrays))
+
+
+def test_swiglu_product_has_the_rules_scales():
+    exact, arrays = Operand(power_of_two=True), swiglu_operands()
+    for field, changed in [("input", dict(x=EXACT)), ("input_columns", dict(x_columns=EXACT))]:
+        rule = replace(PUBLISHED["down_proj"], **{field: exact})
+        found = run_swiglu(rule, *map(jnp.asarray, arrays))
+        assert_close(found, swiglu_by_hand(replace(DOWN, **changed), *arrays))
+        with pytest.raises(AssertionError):
+            assert_close(found, swiglu_by_hand(DOWN, *arrays))
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_row_of_another_place_would_be_detected(which):
+    arrays = swiglu_operands()
+    found = run_swiglu(PUBLISHED["down_proj"], *map(jnp.asarray, arrays))
+    arrays[which] = np.roll(arrays[which], 1, axis=0)
+    with pytest.raises(AssertionError):
+        assert_close(found, swiglu_by_hand(DOWN, *arrays))
+
+
+def test_swiglu_product_of_a_weight_in_8_bits():
+    arrays = swiglu_operands(EXPERTS)
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def with_handle(h, weights, weight, dy, filled):
+        in_8_bits = with_handles(quantise(weight))
+        rest, product = untrained(in_8_bits), SwigluProduct(PUBLISHED["down_proj"])
+
+        def of_handle(h, handle):
+            return product((h, weights), joined(rest, handle), filled)
+
+        y, pull_back = jax.vjp(of_handle, h, trained(in_8_bits))
+        dh, dw = pull_back(dy)
+        constant, pull_back = jax.vjp(lambda h: product((h, weights), rest, filled), h)
+        return dict(y=y, dh=dh, dw=dw), dict(y=constant, dh=pull_back(dy)[0])
+
+    found, of_constant = with_handle(*map(jnp.asarray, arrays))
+    expected = swiglu_by_hand(DOWN, *arrays)
+    del expected["dweights"]
+    assert_close(found, expected)
+    del expected["dw"]
+    assert_close(of_constant, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "can"),
+    [
+        ({}, True),
+        (dict(input=Operand(power_of_two=True)), True),
+        (dict(kept=PUBLISHED["q_proj"].kept), False),
+        (dict(input=Operand(None)), False),
+        (dict(input_columns=Operand((128, 128))), False),
+        (dict(input=Operand(dtype=jnp.float8_e5m2)), False),
+    ],
+)
+def test_which_rules_swiglu_can_follow(changes, can):
+    assert SwigluProduct.can_follow(replace(PUBLISHED["down_proj"], **changes)) == can
+
+
+def test_bytes_that_wait_for_backward_of_swiglu():
+    """Its input, the weights, W in 8 bits, and how many rows are filled; nothing of its output."""
+    h, weights, weight, _, filled = swiglu_operands(EXPERTS)
+    given = [jnp.asarray(array, jnp.bfloat16) for array in (h, weights, weight)]
+
+    def waiting(h, weights, weight, filled):
+        product = SwigluProduct(PUBLISHED["down_proj"])
+
+        def of(h, weights, weight):
+            return product((h, weights), weight, filled)
+
+        return jax.tree.leaves(jax.vjp(of, h, weights, weight)[1])
+
+    leaves = jax.eval_shape(waiting, *given, jnp.asarray(filled))
+    of_weight = OUT * IN + 4 * ceil(OUT / 128) * ceil(IN / 128)
+    expected = EXPERTS * (2 * TOKENS * 2 * IN + 2 * TOKENS + of_weight + 4)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == expected

@@ -15,14 +15,14 @@ from dsv3_jax.train.layout import make_layout
 from tests.train.runs import finish, read_metrics, settings_of, start, write_run
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("all to one expert, many rounds", "fp8 wire, two hops")
+QUICK = ("fp8 wire, two hops",)
 MORE = (
     "data 2, node 2, gpu 2",
     "zero 3",
     "node 2, gpu 4",
     *("gpu 2", "node 2", "data 2", "gpu 8", "node 8", "data 8", "node 4, gpu 2", "data 4, node 2"),
     *("data 2, gpu 4", "flat", "zero 3, two nodes", "many rounds", "many rounds, flat"),
-    *("two parts, documents", "all to one expert"),
+    *("two parts, documents", "all to one expert", "all to one expert, many rounds"),
 )
 PIPELINES = ("dualpipe, documents",)
 MORE_SCHEDULES = (
@@ -51,8 +51,12 @@ WORST_FP8 = 0.1
 FP8_MESHES = ("fp8, dualpipe, two hops", "fp8, data 2, node 2, gpu 2")
 WORST_FP8_MESHES = 0.5
 """0.13 measured, of a latent norm's gain."""
-WORST_LOGFMT10 = 0.1
-"""0.031 measured: two hops round their partial sums, one device the sum, which tips a choice."""
+WORST_FP8_WIRE = 2e-3
+"""1e-4 measured where a value in ten thousand, in FP32 a last place away, rounds to another of FP8,
+which machines do for different ones; 2e-2 would be rows that were not rounded at all."""
+WORST_LOGFMT10 = 0.5
+"""Two hops round their partial sums, one device the sum, which may tip a choice: 0.24 measured
+where it did, on a CPU without AVX-512, 0.031 where it did not."""
 
 
 def mesh_errors(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
@@ -70,7 +74,8 @@ def assert_same_step(names: tuple[str, ...], tolerance: float = WORST) -> None:
         assert len(errors) > 40 and "loss" in errors and "lm_head.weight" in errors
         assert errors["load"] == 0, name
         worst = max(errors, key=lambda key: errors[key])
-        assert errors[worst] <= tolerance, (name, worst, errors[worst])
+        allowed = WORST_FP8_WIRE if name.startswith("fp8 wire") else tolerance
+        assert errors[worst] <= allowed, (name, worst, errors[worst])
 
 
 def test_meshes_give_the_losses_and_gradients_of_one_device():

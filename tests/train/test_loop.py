@@ -307,6 +307,7 @@ def wait_for_steps(process: subprocess.Popen, folder: Path, steps: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_sigterm_and_sigint_save_and_going_on_changes_no_bit(folder, tmp_path, metrics):
     """Stopped between checkpoints; exit codes as a shell expects them."""
     codes = {signal.SIGTERM: 143, signal.SIGINT: 130}

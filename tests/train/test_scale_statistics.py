@@ -42,6 +42,7 @@ def config_of(recipe: str) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 def test_fp8_loss_and_gradients_are_close_to_float64s():
     config = config_of("fp8")
     layout, state = state_of(config, TENSORS)

@@ -15,8 +15,8 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dsv3_kernels import choice
 from dsv3_kernels.fp8_gemm import reference
-from dsv3_kernels.target import is_hopper
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic")
 
@@ -40,9 +40,7 @@ def fp8_gemm(
     `xla`. Raises ValueError for an unknown implementation and for shapes that do not fit,
     NotImplementedError for a case that the named implementation lacks.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        expected = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation is {implementation!r}, expected one of {expected}")
+    choice.require_known(implementation, IMPLEMENTATIONS)
     if (*a.shape[:-2], a.shape[-1]) != (*b.shape[:-2], b.shape[-1]):
         expected = "the same k and the same dims before the last two"
         raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}, expected {expected}")
@@ -51,15 +49,15 @@ def fp8_gemm(
     operands = a, a_scale, b, b_scale
     if implementation == "reference":
         return reference.gemm(*operands, out_dtype)
-    on_cpu = partial(reference.gemm_dequantised, out_dtype=out_dtype)
-    if implementation == "xla" or (
-        implementation is None and (not is_hopper() or _mosaic().unsupported(*operands, out_dtype))
-    ):
-        return on_cpu(*operands)
-    kernel = partial(_mosaic().gemm, out_dtype=out_dtype)
-    if implementation == "mosaic":
-        return kernel(*operands)
-    return jax.lax.platform_dependent(*operands, cuda=kernel, default=on_cpu)
+    return choice.run(
+        "fp8_gemm",
+        implementation,
+        operands,
+        kernel=lambda: partial(_mosaic().gemm, out_dtype=out_dtype),
+        unsupported=lambda: _mosaic().unsupported(*operands, out_dtype),
+        plain=partial(reference.gemm_dequantised, out_dtype=out_dtype),
+        plain_name="xla",
+    )
 
 
 def _mosaic() -> Any:

@@ -14,6 +14,17 @@ L2_BYTES_PER_CYCLE = 5120 / SM_COUNT
 """That an SM gets of L2's 5,120, NVIDIA's figure for the A100; there is none for Hopper."""
 STORE_BYTES = 128
 """Of a row in one store: the widest swizzle."""
+MEMORY_BYTES_PER_CYCLE = 3.35e12 / SM_COUNT / 1.755e9
+"""That an SM gets of HBM's bandwidth, 14.5."""
+FILL_CYCLES = 1500
+"""From a tile's first load to its first product. No fact of the hardware: the one number fitted to
+speeds that were measured, see `dsv3_kernels.published`."""
+
+
+def tile_cycles(n: int, out_bytes: int) -> float:
+    """What a tile of `n` columns takes besides its steps of k: it begins with nothing to multiply,
+    and when all SMs have a tile to store at once they wait for memory."""
+    return FILL_CYCLES + M * n * out_bytes / MEMORY_BYTES_PER_CYCLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +101,15 @@ class Tiles:
         needed = batch * m * n / 32  # 4,096 FP8 products a cycle, K of them for each result
         spent = self.rounds(batch, m, n) * self.programs * self.step_cycles(b_in_rows)
         return needed / spent
+
+    def share_with_tile_costs(
+        self, batch: int, m: int, n: int, k: int, b_in_rows: bool, out_bytes: int
+    ) -> float:
+        """The same, with what every tile takes besides its steps."""
+        steps = -(-k // K)
+        of_steps = steps * self.step_cycles(b_in_rows)
+        share = self.share_of_peak(batch, m, n, b_in_rows) * k / (steps * K)
+        return share * of_steps / (of_steps + tile_cycles(self.n, out_bytes))
 
 
 WIDE = Tiles(n=192, stages=4, store_slots=3)

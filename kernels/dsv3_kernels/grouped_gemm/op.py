@@ -25,10 +25,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dsv3_kernels import choice
 from dsv3_kernels.grouped_gemm import reference, xla
 from dsv3_kernels.grouped_gemm.reference import Scales
 from dsv3_kernels.quantize.reference import BLOCK
-from dsv3_kernels.target import is_hopper
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic")
 
@@ -55,13 +55,13 @@ def ragged_rows(
     implementation and for shapes that do not fit, NotImplementedError for a case that the named
     implementation lacks. Sizes that break a promise or exceed the rows make it undefined.
     """
-    _require_known(implementation)
+    choice.require_known(implementation, IMPLEMENTATIONS)
     _require_operands(a.shape, b.shape, group_sizes.shape, scales, transpose_b)
     _require_alignment(alignment)
-    choice = _Choice(jnp.dtype(out_dtype), transpose_b, alignment, implementation)
+    static = _Static(jnp.dtype(out_dtype), transpose_b, alignment, implementation)
     if scales is None:
-        return _ragged_rows(choice, a, b, group_sizes)
-    return _ragged_rows_any(choice, a, b, group_sizes, scales)
+        return _ragged_rows(static, a, b, group_sizes)
+    return _ragged_rows_any(static, a, b, group_sizes, scales)
 
 
 @partial(jax.jit, static_argnames=("out_dtype", "transpose_b", "expected_rows", "implementation"))
@@ -82,7 +82,7 @@ def masked_rows(
     `expected_rows` of a group, if known, choose the kernel's tiles and are what its FLOPs count.
     Implementations and errors are those of `ragged_rows`.
     """
-    _require_known(implementation)
+    choice.require_known(implementation, IMPLEMENTATIONS)
     _require_operands(a.shape, b.shape, group_sizes.shape, scales, transpose_b)
     shape = *a.shape[:2], b.shape[2 if transpose_b else 1]
     if 0 in (*shape, a.shape[2]):
@@ -92,14 +92,15 @@ def masked_rows(
         b = jnp.swapaxes(b, 1, 2) if transpose_b else b
         return reference.masked_rows(a, b, group_sizes, scales, out_dtype)
     options = dict(out_dtype=out_dtype, transpose_b=transpose_b)
-    on_cpu = partial(xla.masked_rows, **options)
-    if implementation == "xla" or (
-        implementation is None
-        and (not is_hopper() or _mosaic().unsupported(a, b, scales, out_dtype))
-    ):
-        return on_cpu(*operands)
-    kernel = partial(_mosaic().masked_rows, expected_rows=expected_rows, **options)
-    return _on_platform(implementation, kernel, on_cpu, operands)
+    return choice.run(
+        "grouped_gemm masked_rows",
+        implementation,
+        operands,
+        kernel=lambda: partial(_mosaic().masked_rows, expected_rows=expected_rows, **options),
+        unsupported=lambda: _mosaic().unsupported(a, b, scales, out_dtype),
+        plain=partial(xla.masked_rows, **options),
+        plain_name="xla",
+    )
 
 
 @partial(jax.jit, static_argnames=("out_dtype", "alignment", "implementation"))
@@ -118,7 +119,7 @@ def ragged_k(
     No gradient. Implementations and errors are those of `ragged_rows`; the kernel needs an
     alignment that is a multiple of 64, and FP8 one of 128.
     """
-    _require_known(implementation)
+    choice.require_known(implementation, IMPLEMENTATIONS)
     rows_dim = 0 if scales is None else 1
     rows, m, n = a.shape[rows_dim], a.shape[1 - rows_dim], b.shape[1 - rows_dim]
     if b.shape[rows_dim] != rows:
@@ -136,19 +137,18 @@ def ragged_k(
     if implementation == "reference":
         a, b = (a.T, b.T) if scales is None else (a, b)
         return reference.ragged_k(a, b, group_sizes, scales, out_dtype)
-    on_cpu = partial(xla.ragged_k, out_dtype=out_dtype)
-    if implementation == "xla" or (
-        implementation is None
-        and (
-            not is_hopper() or _mosaic().unsupported(a, b, scales, out_dtype, k_alignment=alignment)
-        )
-    ):
-        return on_cpu(*operands)
-    kernel = partial(_mosaic().ragged_k, out_dtype=out_dtype, alignment=alignment)
-    return _on_platform(implementation, kernel, on_cpu, operands)
+    return choice.run(
+        "grouped_gemm ragged_k",
+        implementation,
+        operands,
+        kernel=lambda: partial(_mosaic().ragged_k, out_dtype=out_dtype, alignment=alignment),
+        unsupported=lambda: _mosaic().unsupported(a, b, scales, out_dtype, k_alignment=alignment),
+        plain=partial(xla.ragged_k, out_dtype=out_dtype),
+        plain_name="xla",
+    )
 
 
-class _Choice(NamedTuple):
+class _Static(NamedTuple):
     """What of ragged rows is known when they are traced."""
 
     out_dtype: np.dtype
@@ -158,21 +158,21 @@ class _Choice(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_rows(choice: _Choice, a: Array, b: Array, group_sizes: Array) -> Array:
-    return _ragged_rows_any(choice, a, b, group_sizes, None)
+def _ragged_rows(static: _Static, a: Array, b: Array, group_sizes: Array) -> Array:
+    return _ragged_rows_any(static, a, b, group_sizes, None)
 
 
-def _forward(choice: _Choice, a: Array, b: Array, group_sizes: Array) -> tuple[Array, Any]:
-    return _ragged_rows(choice, a, b, group_sizes), (a, b, group_sizes)
+def _forward(static: _Static, a: Array, b: Array, group_sizes: Array) -> tuple[Array, Any]:
+    return _ragged_rows(static, a, b, group_sizes), (a, b, group_sizes)
 
 
-def _backward(choice: _Choice, residuals: Any, dy: Array) -> tuple[Array, Array, None]:
+def _backward(static: _Static, residuals: Any, dy: Array) -> tuple[Array, Array, None]:
     a, b, group_sizes = residuals
-    back = choice._replace(out_dtype=a.dtype, transpose_b=not choice.transpose_b)
+    back = static._replace(out_dtype=a.dtype, transpose_b=not static.transpose_b)
     dy = dy.astype(a.dtype)
     da = _ragged_rows_any(back, dy, b, group_sizes, None)
-    operands = (a, dy) if choice.transpose_b else (dy, a)
-    options = dict(alignment=choice.alignment, implementation=choice.implementation)
+    operands = (a, dy) if static.transpose_b else (dy, a)
+    options = dict(alignment=static.alignment, implementation=static.implementation)
     return da, ragged_k(*operands, group_sizes, b.dtype, **options), None
 
 
@@ -180,9 +180,9 @@ _ragged_rows.defvjp(_forward, _backward)
 
 
 def _ragged_rows_any(
-    choice: _Choice, a: Array, b: Array, group_sizes: Array, scales: Scales | None
+    static: _Static, a: Array, b: Array, group_sizes: Array, scales: Scales | None
 ) -> Array:
-    out_dtype, transpose_b, alignment, implementation = choice
+    out_dtype, transpose_b, alignment, implementation = static
     shape = a.shape[0], b.shape[2 if transpose_b else 1]
     if 0 in (*shape, b.shape[0], a.shape[1]):
         return jnp.zeros(shape, out_dtype)
@@ -191,31 +191,20 @@ def _ragged_rows_any(
         b = jnp.swapaxes(b, 1, 2) if transpose_b else b
         return reference.ragged_rows(a, b, group_sizes, scales, out_dtype)
     options = dict(out_dtype=out_dtype, transpose_b=transpose_b)
-    on_cpu = partial(xla.ragged_rows, **options)
-    if implementation == "xla" or (
-        implementation is None
-        and (not is_hopper() or _mosaic().unsupported(a, b, scales, out_dtype))
-    ):
-        return on_cpu(*operands)
-    kernel = partial(_mosaic().ragged_rows, alignment=alignment, **options)
-    return _on_platform(implementation, kernel, on_cpu, operands)
-
-
-def _on_platform(implementation: str | None, kernel: Any, on_cpu: Any, operands: Any) -> Array:
-    if implementation == "mosaic":
-        return kernel(*operands)
-    return jax.lax.platform_dependent(*operands, cuda=kernel, default=on_cpu)
+    return choice.run(
+        "grouped_gemm ragged_rows",
+        implementation,
+        operands,
+        kernel=lambda: partial(_mosaic().ragged_rows, alignment=alignment, **options),
+        unsupported=lambda: _mosaic().unsupported(a, b, scales, out_dtype),
+        plain=partial(xla.ragged_rows, **options),
+        plain_name="xla",
+    )
 
 
 def _mosaic() -> Any:
     """Loaded when first asked for: it takes a second, which a start on CPU can do without."""
     return importlib.import_module("dsv3_kernels.grouped_gemm.mosaic_sm90")
-
-
-def _require_known(implementation: str | None) -> None:
-    if implementation not in (None, *IMPLEMENTATIONS):
-        expected = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation is {implementation!r}, expected one of {expected}")
 
 
 def _require_operands(

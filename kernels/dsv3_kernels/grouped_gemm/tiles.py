@@ -8,6 +8,7 @@ from dsv3_kernels.fp8_gemm.tiles import (
     SM_COUNT,
     STORE_BYTES,
     M,
+    tile_cycles,
 )
 
 K_BYTES = 128
@@ -97,6 +98,15 @@ class Tiles:
         needed = groups * group_rows * n * self.tensor_cycles / (M * self.n)
         row_tiles = groups * -(-group_rows // M)
         return needed / (self.rounds(row_tiles, n) * self.programs * self.step_cycles(b_in_rows))
+
+    def share_with_tile_costs(
+        self, group_rows: int, groups: int, n: int, k_bytes: int, b_in_rows: bool, out_bytes: int
+    ) -> float:
+        """The same, with what every tile takes besides its steps; `k_bytes` of a row."""
+        steps = -(-k_bytes // K_BYTES)
+        of_steps = steps * self.step_cycles(b_in_rows)
+        share = self.share_of_peak(group_rows, groups, n, b_in_rows) * k_bytes / (steps * K_BYTES)
+        return share * of_steps / (of_steps + tile_cycles(self.n, out_bytes))
 
 
 WIDE_FP8 = Tiles(n=192, stages=4, store_slots=3)

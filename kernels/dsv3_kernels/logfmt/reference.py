@@ -61,6 +61,13 @@ def packed_bytes(columns: int, bits: int) -> int:
     return columns // TILE * (TILE * bits // 8 + METADATA_BYTES)
 
 
+def require_packed(row_bytes: int, columns: int, bits: int) -> None:
+    """ValueError for a packed row that has not as many bytes as it should."""
+    if row_bytes != packed_bytes(columns, bits):
+        rule = f"{packed_bytes(columns, bits)} for {columns} columns of {bits} bits"
+        raise ValueError(f"packed: {row_bytes} bytes in a row, not {rule}")
+
+
 def _check(columns: int, bits: int) -> None:
     """ValueError for a row that is not whole tiles, or for bits outside 4..16."""
     if not MIN_BITS <= bits <= MAX_BITS:
@@ -81,10 +88,10 @@ def encode(x: Float[Array, "*batch columns"], bits: int) -> Encoded:
     magnitude = jnp.minimum(magnitude, NAN)  # any NaN, so that rounding up does not overflow
     rounded_down = jnp.min(magnitude, axis=-1) & ~0xFFFF
     rounded_up = (jnp.max(magnitude, axis=-1) + 0xFFFF) & ~0xFFFF
-    smallest, largest = _clip_limits(rounded_down, rounded_up)
+    smallest, largest = clip_limits(rounded_down, rounded_up)
     log_min, log_max = _log_limits(smallest, largest)
 
-    step = (log_max - log_min) / _steps(bits)
+    step = (log_max - log_min) / steps(bits)
     step = jnp.where(step > 0, step, 1)  # without steps every code but zero is 1
     # log2((1 + 2**step) / 2) / step, also where 2**step rounds to 1
     exponent = step * jnp.log(jnp.float32(2))
@@ -95,7 +102,7 @@ def encode(x: Float[Array, "*batch columns"], bits: int) -> Encoded:
     # Where steps are fine the logarithm's rounding must not make the smallest magnitude zero.
     least = (magnitude >= smallest[..., None]).astype(jnp.float32)
     # The comparison is false for NaN, whose conversion is undefined.
-    code = jnp.where(code > least, jnp.minimum(code, _steps(bits) + 1), least).astype(jnp.int32)
+    code = jnp.where(code > least, jnp.minimum(code, steps(bits) + 1), least).astype(jnp.int32)
     codes = code | jnp.where(stored < 0, 1 << (bits - 1), 0)
     return Encoded(codes.astype(_code_dtype(bits)).reshape(x.shape), log_min, log_max)
 
@@ -107,7 +114,7 @@ def decode(
     """The values, computed in FP32, in `dtype`; at most its largest number."""
     _check(encoded.codes.shape[-1], bits)
     log_min, log_max = encoded.log_min, encoded.log_max
-    first, step = _once_per_tile(log_min, (log_max - log_min) / _steps(bits))
+    first, step = _once_per_tile(log_min, (log_max - log_min) / steps(bits))
     codes = encoded.codes.reshape(*log_min.shape, TILE).astype(jnp.int32)
     code = codes & ((1 << (bits - 1)) - 1)
     magnitude = jnp.exp2(first + step * (code - 1).astype(jnp.float32))
@@ -142,9 +149,7 @@ def pack(encoded: Encoded, bits: int) -> UInt8[Array, "*batch bytes"]:
 def unpack(packed: UInt8[Array, "*batch bytes"], columns: int, bits: int) -> Encoded:
     """What `pack` was given."""
     *batch, row_bytes = packed.shape
-    if row_bytes != packed_bytes(columns, bits):
-        rule = f"{packed_bytes(columns, bits)} for {columns} columns of {bits} bits"
-        raise ValueError(f"packed: {row_bytes} bytes in a row, not {rule}")
+    require_packed(row_bytes, columns, bits)
     words = (columns // TILE, packed_bytes(TILE, bits) // 2)
     in_bytes = packed.reshape(*batch, *words, 2).astype(jnp.uint16)
     tiles = jax.lax.optimization_barrier(in_bytes[..., 0] | (in_bytes[..., 1] << 8))
@@ -152,7 +157,7 @@ def unpack(packed: UInt8[Array, "*batch bytes"], columns: int, bits: int) -> Enc
     codes = _from_words(groups.astype(jnp.uint32), bits - 1).astype(_code_dtype(bits))
     codes = jax.lax.optimization_barrier(codes)  # once, not for each user
     limits = tiles[..., -2:].astype(jnp.int32) << 16
-    log_min, log_max = _log_limits(*_clip_limits(limits[..., 1], limits[..., 0]))
+    log_min, log_max = _log_limits(*clip_limits(limits[..., 1], limits[..., 0]))
     return Encoded(codes.reshape(*batch, columns), log_min, log_max)
 
 
@@ -185,7 +190,7 @@ def _from_words(words: UInt[Array, "*tiles words"], width: int) -> UInt[Array, "
     return (magnitudes & ((1 << width) - 1)) | ((words[..., -1:] >> lanes) & 1) << width
 
 
-def _clip_limits(
+def clip_limits(
     smallest: Int[Array, "*tiles"], largest: Int[Array, "*tiles"]
 ) -> tuple[Int[Array, "*tiles"], Int[Array, "*tiles"]]:
     """The magnitudes of code 1 and of the largest code; both NaN if the largest is."""
@@ -198,7 +203,7 @@ def _clip_limits(
 def _log_limits(
     smallest: Int[Array, "*tiles"], largest: Int[Array, "*tiles"]
 ) -> tuple[Float[Array, "*tiles"], Float[Array, "*tiles"]]:
-    """log_min and log_max of `_clip_limits`, the same wherever they are computed: without the
+    """log_min and log_max of `clip_limits`, the same wherever they are computed: without the
     barrier a logarithm's last product may be fused with what uses it, and rounded otherwise.
     """
     floats = [jax.lax.bitcast_convert_type(bound, jnp.float32) for bound in (smallest, largest)]
@@ -212,7 +217,7 @@ def _to_bfloat16(log: Float[Array, "*tiles"]) -> UInt16[Array, "*tiles"]:
     return jnp.where(jnp.isnan(log), NAN >> 16, nearest).astype(jnp.uint16)
 
 
-def _steps(bits: int) -> int:
+def steps(bits: int) -> int:
     """Between the smallest and the largest code."""
     return 2 ** (bits - 1) - 2
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_kernels import choice
 from dsv3_kernels.mla_prefill import reference
-from dsv3_kernels.target import is_hopper
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic")
 QUERY_CHUNK = 64
@@ -48,9 +48,7 @@ def mla_prefill(
     `xla`: `reference` in chunks of queries. Raises ValueError for an unknown implementation and for
     shapes that do not fit, NotImplementedError for a case that the named implementation lacks.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        expected = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation is {implementation!r}, expected one of {expected}")
+    choice.require_known(implementation, IMPLEMENTATIONS)
     _check(q, kv, k_rope, scale, documents)
     if implementation == "mosaic" and (reason := _mosaic().unsupported(q, kv, k_rope)):
         raise NotImplementedError(f"mla_prefill on Hopper: {reason}")
@@ -140,15 +138,18 @@ _from_kept.defvjp(_from_kept_forward, _from_kept_backward)
 
 def _chosen(operands: tuple, implementation: str | None, on_mosaic, plain):
     """`on_mosaic` or `plain(chunks)` of `operands`, which begin with q, kv and k_rope."""
-    seq = operands[0].shape[1]
-    in_chunks = plain(max(1, min(MAX_QUERY_CHUNKS, seq // QUERY_CHUNK)))
     if implementation == "reference":
         return plain(1)(*operands)
-    if implementation == "mosaic":
-        return on_mosaic(*operands)
-    if implementation == "xla" or not is_hopper() or _mosaic().unsupported(*operands[:3]):
-        return in_chunks(*operands)
-    return jax.lax.platform_dependent(*operands, cuda=on_mosaic, default=in_chunks)
+    seq = operands[0].shape[1]
+    return choice.run(
+        "mla_prefill",
+        implementation,
+        operands,
+        kernel=lambda: on_mosaic,
+        unsupported=lambda: _mosaic().unsupported(*operands[:3]),
+        plain=plain(max(1, min(MAX_QUERY_CHUNKS, seq // QUERY_CHUNK))),
+        plain_name="xla",
+    )
 
 
 def _mosaic(direction: str = "") -> Any:

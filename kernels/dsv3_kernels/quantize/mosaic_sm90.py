@@ -110,8 +110,8 @@ def _quantize_rows(x: Array, power_of_two: bool, transposed: bool) -> tuple[Arra
         grid_names=("k", "m", "batch"),
         kernel_name="quantize_columns" if transposed else "quantize_rows",
         scratch_types=dict(
-            x_smem=_buffer((BLOCK, sizes.M) if transposed else (sizes.M, BLOCK), x.dtype),
-            values_smem=_buffer((sizes.M, BLOCK), E4M3, k_filled),
+            x_smem=buffer((BLOCK, sizes.M) if transposed else (sizes.M, BLOCK), x.dtype),
+            values_smem=buffer((sizes.M, BLOCK), E4M3, k_filled),
             scale_smem=plgpu.SMEM((sizes.M,), jnp.float32),
             arrived=plgpu.Barrier(),
         ),
@@ -135,8 +135,8 @@ def _quantize_blocks(x: Array, power_of_two: bool) -> tuple[Array, Array]:
         grid_names=("k", "m", "batch"),
         kernel_name="quantize_blocks",
         scratch_types=dict(
-            x_smem=_buffer((BLOCK, BLOCK), x.dtype),
-            values_smem=_buffer((BLOCK, BLOCK), E4M3, x.shape[-1]),
+            x_smem=buffer((BLOCK, BLOCK), x.dtype),
+            values_smem=buffer((BLOCK, BLOCK), E4M3, x.shape[-1]),
             arrived=plgpu.Barrier(),
         ),
         cost_estimate=_cost(x),
@@ -155,10 +155,10 @@ def _rows_kernel(
     # 8 bits leave the registers 4 at a time where 4 values may lie side by side in a thread; two
     # are what LDSM transposes.
     layout = plgpu.Layout.WGMMA if transposed else plgpu.Layout.WGMMA_8BIT
-    tile = _load(x_smem.transpose((1, 0)) if transposed else x_smem, layout)
-    scale = _scale(jnp.max(_magnitude(tile), axis=1), power_of_two)
-    inverse = _reciprocal(scale, power_of_two)
-    values_smem[...] = _values(tile, lax.broadcast_in_dim(inverse, tile.shape, (0,)))
+    tile = load(x_smem.transpose((1, 0)) if transposed else x_smem, layout)
+    scale = scale_of(jnp.max(magnitude(tile), axis=1), power_of_two)
+    inverse = reciprocal(scale, power_of_two)
+    values_smem[...] = quantised(tile, lax.broadcast_in_dim(inverse, tile.shape, (0,)))
     scale_smem[...] = scale
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_smem, values.at[e, rows, columns])
@@ -174,28 +174,28 @@ def _blocks_kernel(power_of_two, x, values, scales, *, x_smem, values_smem, arri
     plgpu.barrier_wait(arrived)
     layout = plgpu.Layout.WGMMA_8BIT
     halves = [pl.ds(start, sizes.M) for start in range(0, BLOCK, sizes.M)]
-    of_rows = [jnp.max(_magnitude(_load(x_smem.at[half], layout)), axis=1) for half in halves]
+    of_rows = [jnp.max(magnitude(load(x_smem.at[half], layout)), axis=1) for half in halves]
     # One number, computed as the scales of 64 rows are.
     amax = lax.broadcast(jnp.max(jnp.maximum(*of_rows)), (sizes.M,))
-    scale = _scale(plgpu.layout_cast(amax, layout.reduce(1)), power_of_two)
-    inverse = lax.broadcast_in_dim(_reciprocal(scale, power_of_two), (sizes.M, BLOCK), (0,))
+    scale = scale_of(plgpu.layout_cast(amax, layout.reduce(1)), power_of_two)
+    inverse = lax.broadcast_in_dim(reciprocal(scale, power_of_two), (sizes.M, BLOCK), (0,))
     for half in halves:
-        values_smem[half] = _values(_load(x_smem.at[half], layout), inverse)
+        values_smem[half] = quantised(load(x_smem.at[half], layout), inverse)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values_smem, values.at[e, *block])
     scales[e, i, j] = jnp.max(scale)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _load(ref: Any, layout: plgpu.Layout) -> Array:
+def load(ref: Any, layout: plgpu.Layout) -> Array:
     return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
-def _magnitude(tile: Array) -> Array:
+def magnitude(tile: Array) -> Array:
     return jnp.where(tile == tile, jnp.abs(tile), jnp.float32(0))  # NaN counts as 0
 
 
-def _scale(amax: Array, power_of_two: bool) -> Array:
+def scale_of(amax: Array, power_of_two: bool) -> Array:
     """The reference's `scale_of`, whose division by a constant XLA makes this product."""
     finfo = jnp.finfo(jnp.float32)
     scale = jnp.maximum(jnp.minimum(amax, MOST) * jnp.float32(1 / LARGEST), finfo.tiny)
@@ -204,7 +204,7 @@ def _scale(amax: Array, power_of_two: bool) -> Array:
     return jnp.where(amax == 0, jnp.float32(1), scale)
 
 
-def _reciprocal(scale: Array, power_of_two: bool) -> Array:
+def reciprocal(scale: Array, power_of_two: bool) -> Array:
     """1 / scale to the nearest. Mosaic's own division is off by up to 2 units of the last place."""
     if power_of_two:
         return _float(2 * ONE - _bits(scale))
@@ -244,7 +244,7 @@ def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _values(tile: Array, inverse: Array) -> Array:
+def quantised(tile: Array, inverse: Array) -> Array:
     return jnp.clip(tile * inverse, -LARGEST, LARGEST).astype(E4M3)
 
 
@@ -255,7 +255,7 @@ def _fill_up(x: Array) -> Array:
     return jnp.pad(x, [(0, 0), (0, rows), (0, columns)]) if rows or columns else x
 
 
-def _buffer(shape: tuple[int, int], dtype: DTypeLike, columns: int = 0) -> Any:
+def buffer(shape: tuple[int, int], dtype: DTypeLike, columns: int = 0) -> Any:
     """A tile for TMA, in pieces of 128 bytes of a row, or less if they do not divide `columns`."""
     itemsize = jnp.dtype(dtype).itemsize
     width = 128 if columns * itemsize % 128 == 0 else 64

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dsv3_kernels import choice
 from dsv3_kernels.quantize import reference
 from dsv3_kernels.quantize.reference import BLOCK, E4M3, dequantize
-from dsv3_kernels.target import is_hopper
 
 __all__ = ["BLOCK", "E4M3", "dequantize", "quantize", "quantize_transposed"]
 IMPLEMENTATIONS = ("reference", "mosaic")
@@ -38,16 +38,16 @@ def quantize(
     `reference`. Raises ValueError for an unknown implementation, NotImplementedError for a case
     that the named one lacks.
     """
-    _check(implementation)
+    choice.require_known(implementation, IMPLEMENTATIONS)
     options = {"dtype": dtype, "power_of_two": power_of_two}
-    plain = partial(reference.quantize, tile=tile, **options)
-    if implementation == "reference":
-        return plain(x)
-
-    def kernel():
-        return partial(_mosaic().quantize, tile=tile, **options)
-
-    return _chosen(x, tile, dtype, implementation, kernel, plain)
+    return choice.run(
+        "quantize",
+        implementation,
+        (x,),
+        kernel=lambda: partial(_mosaic().quantize, tile=tile, **options),
+        unsupported=lambda: _mosaic().unsupported(x, tile, dtype),
+        plain=partial(reference.quantize, tile=tile, **options),
+    )
 
 
 @partial(jax.jit, static_argnames=_STATIC[1:])
@@ -59,35 +59,22 @@ def quantize_transposed(
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*batch columns rows"], Float[Array, "*batch columns row_tiles"]]:
     """The transpose of `x` in tiles of 1x128, that is 128x1 of `x`. Chosen and raised as above."""
-    _check(implementation)
+    choice.require_known(implementation, IMPLEMENTATIONS)
     options = {"dtype": dtype, "power_of_two": power_of_two}
 
     def plain(x):
         return reference.quantize(jnp.swapaxes(x, -1, -2), **options)
 
-    if implementation == "reference":
-        return plain(x)
-
-    def kernel():
-        return partial(_mosaic().quantize_transposed, **options)
-
-    return _chosen(x, (1, BLOCK), dtype, implementation, kernel, plain)
+    return choice.run(
+        "quantize_transposed",
+        implementation,
+        (x,),
+        kernel=lambda: partial(_mosaic().quantize_transposed, **options),
+        unsupported=lambda: _mosaic().unsupported(x, (1, BLOCK), dtype),
+        plain=plain,
+    )
 
 
 def _mosaic() -> Any:
     """Loaded when first asked for: it takes a second, which a start without FP8 can do without."""
     return importlib.import_module("dsv3_kernels.quantize.mosaic_sm90")
-
-
-def _chosen(x: Array, tile: tuple[int, int], dtype: DTypeLike, named: str | None, kernel, plain):
-    if named == "mosaic":
-        return kernel()(x)
-    if not is_hopper() or _mosaic().unsupported(x, tile, dtype):
-        return plain(x)
-    return jax.lax.platform_dependent(x, cuda=kernel(), default=plain)
-
-
-def _check(implementation: str | None) -> None:
-    if implementation not in (None, *IMPLEMENTATIONS):
-        expected = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation is {implementation!r}, expected one of {expected}")

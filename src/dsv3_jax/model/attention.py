@@ -25,10 +25,8 @@ from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
 from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.quant.recipe import Recipe
+from dsv3_kernels.mla_decode.op import mla_decode_rows
 from dsv3_kernels.mla_prefill.op import mla_prefill, with_gradients
-
-MASKED = -1e30
-"""Score of a masked key: finite, so that a fully masked row stays NaN-free."""
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -101,18 +99,16 @@ class MultiHeadLatentAttention(nnx.Module):
     ) -> Float[Array, "batch queries hidden"]:
         """Absorbed form: each query attends to the cache at indices 0 to its own position.
 
-        The cache already holds the queries' own latents (from `compress`).
+        The cache already holds the queries' own latents (from `compress`); their positions follow
+        one another.
         """
         c, heads = self.config, self.config.num_attention_heads
         q_nope, q_rope = self._queries(self._query_input(x), rotary)
         up = plain(self.kv_b_proj.weight[...], x.dtype).reshape(heads, -1, c.kv_lora_rank)
         w_uk, w_uv = up[:, : c.qk_nope_head_dim], up[:, c.qk_nope_head_dim :]
         q_latent = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_uk), q_rope], axis=-1)
-        scores = jnp.einsum("bqhl,bkl->bhqk", q_latent, cache, preferred_element_type=jnp.float32)
-        visible = jnp.arange(cache.shape[1]) <= positions[:, None, :, None]
-        probs = jax.nn.softmax(jnp.where(visible, scores * self.scale, MASKED), axis=-1)
-        c_kv = cache[..., : c.kv_lora_rank]
-        mixed = jnp.einsum("bhqk,bkr->bqhr", probs.astype(c_kv.dtype), c_kv)
+        lengths, v_dim = positions[:, -1] + 1, c.kv_lora_rank
+        mixed, _ = mla_decode_rows(q_latent, cache, lengths, self.scale, v_dim=v_dim)
         out = jnp.einsum("bqhr,hvr->bqhv", mixed, w_uv)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 

@@ -37,8 +37,11 @@ from dsv3_jax.parallel.dispatch_plan import (
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.parallel.wire import AS_IS, PACKINGS, UNCHANGED, Wire, pass_through
 from dsv3_jax.quant.formats import PLAIN, Codec
+from dsv3_jax.quant.matmul import SwigluProduct, WeightedInput
 from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
 from dsv3_jax.quant.scaled_array import ScaledArray, joined, trained, untrained
+from dsv3_kernels.permute.op import permute, unpermute
+from dsv3_kernels.permute.plan import NOTHING
 
 
 class Experts(nnx.Module):
@@ -110,8 +113,10 @@ class ExpertParameters(NamedTuple):
 @dataclass(frozen=True)
 class ExpertProducts:
     """An expert's two products, of single matrices or stacked ones (with the arguments that
-    `QuantisedProduct` has for those), and how its rows and the input of SwiGLU wait for
-    backward."""
+    `QuantisedProduct` has for those), and how its rows and the input of SwiGLU wait for backward.
+
+    `down` is of that input and the rows' weights, as `SwigluProduct` is.
+    """
 
     gate_up: Callable[..., Array]
     down: Callable[..., Array]
@@ -121,9 +126,14 @@ class ExpertProducts:
 
 def expert_products(recipe: Recipe) -> ExpertProducts:
     """Those of `recipe`."""
+    rule = recipe.rules.get("down_proj")
+    if rule is not None and SwigluProduct.can_follow(rule):
+        down = SwigluProduct(rule)
+    else:
+        down = AfterSwiglu(product_of(recipe, "down_proj", _multiply))
     return ExpertProducts(
         product_of(recipe, "gate_up_proj", _multiply),
-        product_of(recipe, "down_proj", _multiply),
+        down,
         recipe.codec("expert_rows"),
         recipe.codec("expert_up"),
     )
@@ -133,6 +143,17 @@ def _multiply(x: Array, weight: Any, **of_rows: Any) -> Array:
     """x W^T, by matrix where they are stacked; all rows, filled or not."""
     del of_rows
     return x @ weight.T if weight.ndim == 2 else jnp.einsum("eci,eoi->eco", x, weight)
+
+
+@dataclass(frozen=True)
+class AfterSwiglu:
+    """(swiglu(h) * weights) W^T for x = (h, weights) by a product that knows nothing of SwiGLU."""
+
+    product: Callable[..., Array]
+
+    def __call__(self, x: WeightedInput, weight: Any, **of_rows: Any) -> Array:
+        h, weights = x
+        return self.product(swiglu(h) * weights[..., None], weight, **of_rows)
 
 
 PLAIN_PRODUCTS = expert_products(UNQUANTISED)
@@ -265,8 +286,7 @@ def _one_expert(
     of_expert: Any,
 ) -> Float[Array, "rows hidden"]:
     """weight * expert(x) for each row; `of_expert` are one expert's matrices."""
-    activation = swiglu(products.gate_up(rows, of_expert.gate_up))
-    return products.down(activation * weights[:, None], of_expert.down)
+    return products.down((products.gate_up(rows, of_expert.gate_up), weights), of_expert.down)
 
 
 def _of_expert(tree: Any, expert: Int[Array, ""]) -> Any:
@@ -291,37 +311,18 @@ def _slots(
     Weights are applied before `down`, so that their gradient needs no expert's output.
     """
     filled = jnp.minimum(plan.group_size, plan.slot_pair.shape[1])
+    tables = plan.slot_token, plan.pair_slot
 
     def finish(h, slot_weights, down, filled):
         product = partial(products.down, filled=filled, expected=expected)
-        return tape.linear("down_proj", product, swiglu(h) * slot_weights[..., None], down)
+        return tape.linear("down_proj", product, (h, slot_weights), down)
 
-    rows = tape.keep("expert_rows", _take_slots(x, plan), products.rows_codec)
+    rows = tape.keep("expert_rows", permute(x, *tables), products.rows_codec)
     product = partial(products.gate_up, filled=filled, expected=expected)
     h = tape.linear("gate_up_proj", product, rows, parameters.gate_up)
     rest = _slot_weights(weights, plan), parameters.down, filled
-    return _sum_slots(tape.from_kept(("expert_up",), products.up_codec, finish, h, *rest), plan)
-
-
-@jax.custom_vjp
-def _take_slots(
-    x: Float[Array, "tokens hidden"], plan: DispatchPlan
-) -> Float[Array, "experts capacity hidden"]:
-    """Each slot's row, zeros where it is empty; its transpose is `_sum_slots`."""
-    rows = x[plan.slot_pair // plan.pair_slot.shape[1]]
-    return jnp.where(plan.slot_filled[..., None], rows, 0)
-
-
-@jax.custom_vjp
-def _sum_slots(
-    slots: Float[Array, "experts capacity hidden"], plan: DispatchPlan
-) -> Float[Array, "tokens hidden"]:
-    """Each token's sum over its slots, one gather a k (a reshape would copy T*K rows)."""
-    rows = slots.reshape(-1, slots.shape[-1])
-    total = jnp.zeros((plan.pair_slot.shape[0], rows.shape[1]), rows.dtype)
-    for k in range(plan.pair_slot.shape[1]):
-        total += jnp.where(plan.pair_in_slot[:, k, None], rows[plan.pair_slot[:, k]], 0)
-    return total
+    slots = tape.from_kept(("expert_up",), products.up_codec, finish, h, *rest)
+    return unpermute(slots, None, *tables)
 
 
 @jax.custom_vjp
@@ -329,23 +330,15 @@ def _slot_weights(
     weights: Float[Array, "tokens top_k"], plan: DispatchPlan
 ) -> Float[Array, "experts capacity"]:
     """Each slot's routing weight, 0 where it is empty."""
-    return jnp.where(plan.slot_filled, weights.reshape(-1)[plan.slot_pair], 0)
+    return jnp.where(plan.slot_pair == NOTHING, 0, weights.reshape(-1)[plan.slot_pair])
 
 
 def _pair_gradients(
     plan: DispatchPlan, d_slots: Float[Array, "experts capacity"]
 ) -> Float[Array, "tokens top_k"]:
-    return jnp.where(plan.pair_in_slot, d_slots.reshape(-1)[plan.pair_slot], 0)
+    return jnp.where(plan.pair_slot == NOTHING, 0, d_slots.reshape(-1)[plan.pair_slot])
 
 
-_take_slots.defvjp(
-    lambda x, plan: (_take_slots(x, plan), plan),
-    lambda plan, d_rows: (_sum_slots(d_rows, plan), None),
-)
-_sum_slots.defvjp(
-    lambda slots, plan: (_sum_slots(slots, plan), plan),
-    lambda plan, d_out: (_take_slots(d_out, plan), None),
-)
 _slot_weights.defvjp(
     lambda weights, plan: (_slot_weights(weights, plan), plan),
     lambda plan, d_slots: (_pair_gradients(plan, d_slots), None),

@@ -41,6 +41,7 @@ from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.parallel.wire import AS_IS, UNCHANGED, Packing, Wire
 from dsv3_jax.quant.formats import Codec
 from dsv3_jax.quant.scaled_array import joined, trained, untrained
+from dsv3_kernels.permute.op import sum_rows, take_rows
 
 
 @runtime_checkable
@@ -341,7 +342,8 @@ def _further_round(hop, tokens, index, has_begun, operands: Operands, fixed: Fix
 
 def _send_experts(hop: Exchange, experts: Int[Array, "rows top_k"], plan: RoundPlan) -> Array:
     """Of the rows that come, this device's experts by its own numbers: [peers * capacity, K]."""
-    chosen = _take_rows(experts, plan.slot_row, NO_EXPERT)
+    nobody = jnp.full((1, experts.shape[1]), NO_EXPERT, experts.dtype)
+    chosen = jnp.concatenate([experts, nobody])[plan.slot_row]
     by_peer = jnp.arange(hop.peers, dtype=experts.dtype)[:, None, None]
     return _swap(hop, localise(chosen, by_peer, hop.experts_per_peer))
 
@@ -375,7 +377,7 @@ _send_back.defvjp(
 def _out(hop: Exchange, extra: int, rows: Array, plan: RoundPlan) -> Array:
     # x[T_local, W] -> rows[peers * C, W], each from the peer of that number
     packing = hop.wire.dispatch
-    packed = _take_rows(packing.pack(rows, extra), plan.slot_row, 0)
+    packed = take_rows(packing.pack(rows, extra), plan.slot_row)
     return packing.unpack(_swap(hop, packed), extra, rows.dtype)
 
 
@@ -384,28 +386,10 @@ def _back(hop: Exchange, extra: int, rows: Array, plan: RoundPlan) -> Array:
     packing = hop.wire.combine
     packed = packing.pack(rows, extra)
     swapped = _swap(hop, packed.reshape(hop.peers, -1, packed.shape[-1]))
-    returned = packing.unpack(swapped, extra, rows.dtype)
-    return _sum_slots(returned.reshape(hop.peers, -1, rows.shape[-1]), plan)
+    return sum_rows(packing.unpack(swapped, extra, rows.dtype), plan.row_slot)
 
 
 def _swap(hop: Exchange, rows: Array) -> Array:
     """all_to_all of [peers, capacity, width], as [peers * capacity, width]."""
     swapped = jax.lax.all_to_all(rows, hop.axes, split_axis=0, concat_axis=0, tiled=True)
     return swapped.reshape(-1, rows.shape[-1])
-
-
-def _take_rows(x: Array, slot_row: Int[Array, "peers capacity"], fill: float) -> Array:
-    filler = jnp.full((1, x.shape[1]), fill, x.dtype)
-    return jnp.concatenate([x, filler])[slot_row]
-
-
-def _sum_slots(
-    slots: Float[Array, "peers capacity width"], plan: RoundPlan
-) -> Float[Array, "rows width"]:
-    """Each row's sum over its slots, one gather a peer."""
-    flat = slots.reshape(-1, slots.shape[-1])
-    padded = jnp.concatenate([flat, jnp.zeros((1, flat.shape[1]), flat.dtype)])
-    total = padded[plan.row_slot[:, 0]]
-    for peer in range(1, plan.row_slot.shape[1]):
-        total += padded[plan.row_slot[:, peer]]
-    return total

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from dsv3_kernels.permute.plan import NOTHING
+
 MAX_BLOCK = 128
 SMALL_BATCH = 32
 """Up to this many tokens the slots hold every possible pair: an overflow cannot happen."""
@@ -25,11 +27,11 @@ class DispatchPlan(NamedTuple):
     """Where every pair goes. Pair t*K+k is the k-th expert of token t; M = T*K pairs."""
 
     slot_pair: Int[Array, "experts capacity"]
-    """The pair in each slot; some valid pair where the slot is empty."""
-    slot_filled: Bool[Array, "experts capacity"]
+    """The pair in each slot; `NOTHING` where the slot is empty."""
+    slot_token: Int[Array, "experts capacity"]
+    """The token of that pair, `NOTHING` as well."""
     pair_slot: Int[Array, "tokens top_k"]
-    """The flat slot of each pair; 0 where the pair is in an overflow block."""
-    pair_in_slot: Bool[Array, "tokens top_k"]
+    """The flat slot of each pair; `NOTHING` where it is in an overflow block or goes nowhere."""
     sorted_pairs: Int[Array, " pairs"]
     """All pairs, sorted by expert, in token order within an expert."""
     group_start: Int[Array, " experts"]
@@ -78,11 +80,12 @@ def plan_dispatch(
     in_slot = (rank < capacity) & (flat < num_experts)
     places = group_start[:, None] + jnp.arange(capacity, dtype=flat.dtype)
     blocks = -(-jnp.maximum(group_size - capacity, 0) // overflow_block(tokens))
+    is_filled = jnp.arange(capacity) < group_size[:, None]
+    slot_pair = sorted_pairs[jnp.minimum(places, pairs - 1)]
     return DispatchPlan(
-        slot_pair=sorted_pairs[jnp.minimum(places, pairs - 1)],
-        slot_filled=jnp.arange(capacity) < group_size[:, None],
-        pair_slot=jnp.where(in_slot, flat * capacity + rank, 0).reshape(tokens, top_k),
-        pair_in_slot=in_slot.reshape(tokens, top_k),
+        slot_pair=jnp.where(is_filled, slot_pair, NOTHING),
+        slot_token=jnp.where(is_filled, slot_pair // top_k, NOTHING),
+        pair_slot=jnp.where(in_slot, flat * capacity + rank, NOTHING).reshape(tokens, top_k),
         sorted_pairs=sorted_pairs,
         group_start=group_start,
         group_size=group_size,

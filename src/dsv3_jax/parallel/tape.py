@@ -25,8 +25,9 @@ from jaxtyping import Array
 
 from dsv3_jax.quant.formats import PLAIN, Codec
 
-Product = Callable[[Array, Any], Array]
-"""(x, weight) -> y, linear in both but for rounding; the weight may be a `ScaledArray`."""
+Product = Callable[[Any, Any], Array]
+"""(x, weight) -> y, linear in the weight but for rounding. The weight may be a `ScaledArray`, x a
+tree of arrays: what an activation is made of that is part of the product."""
 
 
 class Tape:
@@ -37,7 +38,7 @@ class Tape:
         del codec
         return checkpoint_name(value, name)
 
-    def linear(self, name: str, product: Product, x: Array, weight: Any) -> Array:
+    def linear(self, name: str, product: Product, x: Any, weight: Any) -> Array:
         """product(x, weight); `name` is unique within a layer."""
         del name
         return product(x, weight)
@@ -117,7 +118,7 @@ class Recorder(_Named):
             self.saved |= {name + suffix: part for suffix, part in parts}
         return value
 
-    def linear(self, name: str, product: Product, x: Array, weight: Any) -> Array:
+    def linear(self, name: str, product: Product, x: Any, weight: Any) -> Array:
         assert name not in self.outputs, f"{name} is computed twice in one layer"
         self.outputs[name] = product(x, weight)
         return self.outputs[name]
@@ -138,7 +139,7 @@ class Player(_Named):
         decoded = codec.decode(tuple(self.saved[part] for part in parts), value.dtype)
         return _instead(decoded, value)
 
-    def linear(self, name: str, product: Product, x: Array, weight: Any) -> Array:
+    def linear(self, name: str, product: Product, x: Any, weight: Any) -> Array:
         if name in self.probes:
             return product(x, jax.lax.stop_gradient(weight)) + self.probes[name]
         return product(x, weight)
@@ -171,7 +172,7 @@ class Inputs(Player):
         self.names = names
         self.outputs: dict[str, Array] = {}
 
-    def linear(self, name: str, product: Product, x: Array, weight: Any) -> Array:
+    def linear(self, name: str, product: Product, x: Any, weight: Any) -> Array:
         if name in self.names:
             self.outputs[name] = product(jax.lax.stop_gradient(x), weight)
         return product(x, jax.lax.stop_gradient(weight))

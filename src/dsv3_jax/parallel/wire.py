@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from dsv3_jax.quant.formats import E4M3, E4M3_POWER_OF_TWO
-from dsv3_kernels.logfmt.reference import decode, encode, pack, packed_bytes, unpack
+from dsv3_kernels.logfmt.op import decode, encode, packed_bytes
 from dsv3_kernels.quantize.op import BLOCK
 
 
@@ -53,14 +53,14 @@ def _unpack_e4m3(
 
 def _pack_logfmt(bits: int, rows: Float[Array, "*batch width"], extra: int) -> Array:
     hidden = rows.shape[-1] - extra
-    packed = pack(encode(rows[..., :hidden], bits), bits)
+    packed = encode(rows[..., :hidden], bits)
     return jnp.concatenate([packed, to_bytes(rows[..., hidden:])], axis=-1)
 
 
 def _unpack_logfmt(bits: int, packed: Array, extra: int, dtype: DTypeLike) -> Array:
     most = packed.shape[-1] - extra * jnp.dtype(dtype).itemsize
     hidden = most // packed_bytes(BLOCK, bits) * BLOCK
-    rows = decode(unpack(packed[..., :most], hidden, bits), bits, dtype)
+    rows = decode(packed[..., :most], hidden, bits, jnp.dtype(dtype))
     return jnp.concatenate([rows, from_bytes(packed[..., most:], dtype)], axis=-1)
 
 

@@ -9,12 +9,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.quant.formats import ROW
+from dsv3_jax.quant.formats import E4M3, PLAIN, ROW
 from dsv3_jax.quant.recipe import Operand, ProductRule
 from dsv3_jax.quant.scaled_array import ScaledArray, quantise, quantise_transposed
 from dsv3_kernels.fp8_gemm.op import fp8_gemm
 from dsv3_kernels.grouped_gemm.op import masked_rows
 from dsv3_kernels.quantize.op import BLOCK
+from dsv3_kernels.swiglu_quantize.op import (
+    swiglu_backward,
+    swiglu_quantize,
+    swiglu_quantize_transposed,
+)
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,50 @@ class QuantisedProduct:
         filled: Int[Array, " matrices"] | None = None,
         expected: int | None = None,
     ) -> Float[Array, "..."]:
-        is_scaled = isinstance(weight, ScaledArray)
-        handle = weight.handle if is_scaled else weight
-        constant = ScaledArray(weight.values, weight.scale, weight.tile) if is_scaled else None
         rows = x if weight.ndim == 3 else x.reshape(-1, x.shape[-1])
-        y = _product(self.rule, expected, rows, constant, handle, filled)
+        y = _product(self.rule, expected, rows, *_parts(weight), filled)
         return y.reshape(*x.shape[:-1], weight.shape[-2])
 
 
-# `quantised` is the weight, or None where it is to be made of `weight`, whose gradient is wanted.
+WeightedInput = tuple[Float[Array, "*rows double_width"], Float[Array, "*rows"]]
+"""SwiGLU's input h = [gate ; up], and a weight for each row."""
+
+
+@dataclass(frozen=True)
+class SwigluProduct:
+    """a W^T for a = silu(gate) * up * weight, made in FP8 at once, and made again in backward.
+
+    h is [rows, 2F] for one W [out, F], [E, rows, 2F] for stacked ones. W, `filled`, `expected` and
+    what comes out are as `QuantisedProduct` has them; a is computed in FP32 and rounded once.
+    """
+
+    rule: ProductRule
+
+    @staticmethod
+    def can_follow(rule: ProductRule) -> bool:
+        """Whether `rule` has a in tiles of 1x128 and does not keep it."""
+        inputs = rule.input, rule.input_columns
+        are_rows = all((operand.tile, operand.dtype) == (ROW, E4M3) for operand in inputs)
+        return are_rows and rule.kept is PLAIN
+
+    def __call__(
+        self,
+        x: WeightedInput,
+        weight: Any,
+        filled: Int[Array, " matrices"] | None = None,
+        expected: int | None = None,
+    ) -> Float[Array, "..."]:
+        return _swiglu_product(self.rule, expected, *x, *_parts(weight), filled)
+
+
+def _parts(weight: Any) -> tuple[ScaledArray | None, Array | None]:
+    """The weight in 8 bits, or None where it is to be made; and what has its gradient, if any."""
+    if not isinstance(weight, ScaledArray):
+        return None, weight
+    return ScaledArray(weight.values, weight.scale, weight.tile), weight.handle
+
+
+# `quantised` and `weight` are what `_parts` gives.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -67,12 +107,10 @@ def _forward(
     weight: Array | None,
     filled: Array | None,
 ) -> tuple[Array, Any]:
+    quantised, like = _operand(rule, quantised, weight)
     with jax.named_scope("quantise"):
-        if quantised is None:
-            quantised = _quantise(weight, rule.weight)
         rows = _quantise(x, rule.input)
         kept = rule.kept.encode(x)
-    like = None if weight is None else jnp.zeros((0,), weight.dtype)
     return _multiply(rows, quantised, x.dtype, filled, expected), (kept, quantised, like, filled)
 
 
@@ -80,19 +118,99 @@ def _backward(
     rule: ProductRule, expected: int | None, residuals: Any, dy: Array
 ) -> tuple[Array, None, Array | None, None]:
     kept, quantised, like, filled = residuals
-    with jax.named_scope("quantise"):
-        gradient = _quantise(dy, rule.gradient)
-    dx = _multiply(gradient, quantised.transposed(), dy.dtype, filled, expected)
+    dx = _input_gradient(rule, expected, dy, quantised, filled)
     if like is None:
         return dx, None, None, None
     with jax.named_scope("quantise"):
-        columns = _quantise_columns(dy, rule.gradient_columns)
         x = rule.kept.decode(kept, jnp.float32)
-        input_columns = _quantise_columns(x, rule.input_columns)
-    return dx, None, _multiply(columns, input_columns, like.dtype), None
+        columns = _quantise_columns(x, rule.input_columns)
+    return dx, None, _weight_gradient(rule, dy, columns, like), None
 
 
 _product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _swiglu_product(
+    rule: ProductRule,
+    expected: int | None,
+    h: Array,
+    weights: Array,
+    quantised: ScaledArray | None,
+    weight: Array | None,
+    filled: Array | None,
+) -> Array:
+    return _swiglu_forward(rule, expected, h, weights, quantised, weight, filled)[0]
+
+
+def _swiglu_forward(
+    rule: ProductRule,
+    expected: int | None,
+    h: Array,
+    weights: Array,
+    quantised: ScaledArray | None,
+    weight: Array | None,
+    filled: Array | None,
+) -> tuple[Array, Any]:
+    quantised, like = _operand(rule, quantised, weight)
+    with jax.named_scope("quantise"):
+        exact = rule.input.power_of_two
+        values, scale = swiglu_quantize(h, weights, filled, power_of_two=exact)
+    rows = ScaledArray(values, scale, ROW)
+    y = _multiply(rows, quantised, h.dtype, filled, expected)
+    return y, (h, weights, quantised, like, filled)
+
+
+def _swiglu_backward(
+    rule: ProductRule, expected: int | None, residuals: Any, dy: Array
+) -> tuple[Array, Array, None, Array | None, None]:
+    h, weights, quantised, like, filled = residuals
+    d_a = _input_gradient(rule, expected, dy, quantised, filled)
+    d_h, d_weights = swiglu_backward(h, weights, d_a, filled)
+    assert d_weights is not None  # there are weights
+    d_weights = d_weights.astype(weights.dtype)
+    if like is None:
+        return d_h, d_weights, None, None, None
+    with jax.named_scope("quantise"):
+        exact = rule.input_columns.power_of_two
+        values, scale = swiglu_quantize_transposed(h, weights, filled, power_of_two=exact)
+    columns = ScaledArray(values, scale, ROW)
+    return d_h, d_weights, None, _weight_gradient(rule, dy, columns, like), None
+
+
+_swiglu_product.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _operand(
+    rule: ProductRule, quantised: ScaledArray | None, weight: Array | None
+) -> tuple[ScaledArray, Array | None]:
+    """The weight in 8 bits, and an empty array in its gradient's dtype if it is to have one."""
+    if quantised is None:
+        with jax.named_scope("quantise"):
+            quantised = _quantise(weight, rule.weight)
+    return quantised, None if weight is None else jnp.zeros((0,), weight.dtype)
+
+
+def _input_gradient(
+    rule: ProductRule,
+    expected: int | None,
+    dy: Array,
+    quantised: ScaledArray,
+    filled: Array | None,
+) -> Array:
+    """dy W"""
+    with jax.named_scope("quantise"):
+        gradient = _quantise(dy, rule.gradient)
+    return _multiply(gradient, quantised.transposed(), dy.dtype, filled, expected)
+
+
+def _weight_gradient(
+    rule: ProductRule, dy: Array, input_columns: ScaledArray, like: Array
+) -> Array:
+    """dy^T x, of the transpose of x."""
+    with jax.named_scope("quantise"):
+        columns = _quantise_columns(dy, rule.gradient_columns)
+    return _multiply(columns, input_columns, like.dtype)
 
 
 def _quantise(x: Any, operand: Operand) -> ScaledArray:

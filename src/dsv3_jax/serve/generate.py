@@ -18,9 +18,12 @@ from dsv3_jax.config.checks import require
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.sampler import SamplingParams, sample
+from dsv3_kernels.mla_decode.op import PAGE_SIZE
+from dsv3_kernels.target import is_hopper
 
 LENGTH_STEP = 16
-"""Prompt and cache lengths are rounded up to multiples of this, so that few shapes compile."""
+"""Prompt and cache lengths are rounded up to multiples of this, so that few shapes compile; for a
+Hopper GPU to the pages of its kernel."""
 DECODE_STEPS = 64
 """Tokens that one call of the compiled decode loop makes at most."""
 UNSTACKED_LAYERS = 16
@@ -192,4 +195,5 @@ def _is_end(model: Transformer, token: Int[Array, " batch"]) -> Bool[Array, " ba
 
 
 def _round_up(length: int) -> int:
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
+    step = PAGE_SIZE if is_hopper() else LENGTH_STEP
+    return -(-length // step) * step

@@ -5,6 +5,7 @@ every FP8 product. Each statistic is a sum, so it comes out as the gradient of z
 are given in: through scans over layers, rematerialisation and meshes.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,12 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.parallel.tape import Product, Tape
 from dsv3_jax.quant.formats import Codec
-from dsv3_jax.quant.matmul import QuantisedProduct
-from dsv3_jax.quant.recipe import Operand, Recipe
+from dsv3_jax.quant.recipe import Operand, ProductRule, Recipe
 from dsv3_jax.quant.scaled_array import quantise
 from dsv3_jax.train.layout import Layout
 from dsv3_jax.train.loss import training_loss
 from dsv3_kernels.quantize.reference import in_tiles
+from dsv3_kernels.swiglu_quantize.reference import activation
 
 OPERANDS = ("input", "weight", "gradient")
 SUMS = 7
@@ -32,15 +33,17 @@ Meters = dict[str, dict[str, Float[Array, " sums"]]]
 
 
 class Meter(Tape):
-    """JAX differentiates; the gradients of `meters`, [product][operand], are the sums."""
+    """JAX differentiates; the gradients of `meters`, [product][operand], are the sums, of products
+    that have one of `rules`."""
 
-    def __init__(self, meters: Meters):
+    def __init__(self, meters: Meters, rules: Mapping[str, ProductRule]):
         self.meters = meters
+        self.rules = rules
 
-    def linear(self, name: str, product: Product, x: Array, weight: Any) -> Array:
-        if not isinstance(product, QuantisedProduct):
+    def linear(self, name: str, product: Product, x: Any, weight: Any) -> Array:
+        if name not in self.rules:
             return product(x, weight)
-        rule, meters = product.rule, self.meters[name]
+        rule, meters = self.rules[name], self.meters[name]
         x = _watch_value(rule.input, x, meters["input"])
         weight = _watch_value(rule.weight, weight, meters["weight"])
         return _watch_gradient(rule.gradient, product(x, weight), meters["gradient"])
@@ -51,8 +54,8 @@ class Meter(Tape):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _watch_value(operand: Operand, x: Array, meter: Array) -> Array:
-    """`x`; the gradient of `meter` are its sums."""
+def _watch_value(operand: Operand, x: Any, meter: Array) -> Any:
+    """`x`; the gradient of `meter` are its sums, those of SwiGLU's output where x is its inputs."""
     del operand, meter
     return x
 
@@ -74,7 +77,10 @@ _watch_gradient.defvjp(
 )
 
 
-def _sums(operand: Operand, x: Array) -> Float[Array, " sums"]:
+def _sums(operand: Operand, x: Any) -> Float[Array, " sums"]:
+    if isinstance(x, tuple):
+        h, weights = x
+        x = activation(h, weights, None)
     made = quantise(x, operand.tile, dtype=operand.dtype, power_of_two=operand.power_of_two)
     largest = float(jnp.finfo(operand.dtype).max)
     magnitude = jnp.abs(made.values.astype(jnp.float32))
@@ -107,7 +113,7 @@ class ScaleStatistics:
 
             def loss(meters):
                 metered = nnx.merge(graph, weights)
-                metered.tape = Meter(meters)
+                metered.tape = Meter(meters, recipe.rules)
                 return training_loss(
                     metered,
                     rows,

@@ -1,0 +1,1 @@
+"""Rows to where their experts want them, and their sums back."""
