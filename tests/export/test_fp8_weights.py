@@ -124,6 +124,7 @@ def test_decoding_computes_what_prefill_does(directory):
         assert best - logits[place, token] <= LOGITS * np.max(np.abs(logits[place]))
 
 
+@pytest.mark.slow
 def test_a_run_is_quantised_as_it_would_be_saved(tmp_path, directory):
     model = load_hf(directory)
     config = RunConfig(model=model.config, data=DataConfig(seq_len=32))

@@ -60,7 +60,7 @@ def slow(*arguments):
     [
         # Three groups meet in one tile, one of them empty; the last rows are nobody's. Two pairs of
         # tiles of columns, of which the last is past the edge.
-        (200, [130, 0, 1, 60], 328, 200, None, "bfloat16", dict(tiles=PAIRS)),
+        slow(200, [130, 0, 1, 60], 328, 200, None, "bfloat16", dict(tiles=PAIRS)),
         slow(200, [0, 0, 200], 192, 320, BLOCKS, "bfloat16", dict(tiles=WIDE_PAIRS)),
         slow(200, [3, 61, 64, 0, 7], 320, 384, BLOCKS, "float32", dict(tiles=WIDE_PAIRS)),
         slow(136, [5, 131], 128, 136, None, "float32", dict(tiles=ALONE, transpose_b=True)),
