@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_kernels import sass
+from dsv3_kernels.quantize.tiles import MEMORY_BYTES_PER_CYCLE
 
 OPS = (
     "quantize",
@@ -31,8 +32,6 @@ OPS = (
 Unit = Literal["fp8", "bf16", "memory"]
 PEAK: dict[Unit, float] = {"fp8": 1978.9e12, "bf16": 989.4e12, "memory": 3.35e12}
 """Of an H800 or H100 SXM, a second: dense FLOPs of the tensor cores, bytes of HBM."""
-MEMORY_BYTES_PER_CYCLE = 3.35e12 / 132 / 1.755e9
-"""What an SM gets of HBM's bandwidth, 14.5."""
 BEST_OF_MEMORY = 3000 / 3350
 """Of the bandwidth, that has been reached: FlashMLA on an H800."""
 MEMORY_CYCLES = 1000

@@ -50,7 +50,9 @@ def _takes_kernel(op: str, unsupported: Callable[[], str], plain_name: str) -> b
     if not is_hopper():
         _say(logging.INFO, f"{op}: {plain_name}, for the program is for {device_kind()}")
         return False
-    if os.environ.get(PLAIN) == "plain":
+    if (asked := os.environ.get(PLAIN, "")) not in ("", "plain"):
+        raise ValueError(f"{PLAIN} is {asked!r} in the environment, expected plain or nothing")
+    if asked:
         _say(logging.WARNING, f"{op}: {plain_name}, for {PLAIN} is plain")
         return False
     if reason := unsupported():

@@ -11,8 +11,8 @@ loads). DeepSeek's profile is of FlashAttention-3 and of a fused SwiGLU, while 2
 communication. Every kernel that memory bounds is predicted at FlashMLA's 3,000 of 3,350 GB/s.
 
 Source: DeepGEMM, README at commit 327ec92 (H800, 4,096 rows, 4 groups of 8,192 and 8 of 4,096);
-FlashMLA, README at commit 9241ae3 (dense decode); DeepSeek, profile-data, train.json (kernels'
-durations, medians of 4, and grids).
+FlashMLA, README at commit 9241ae3 (dense decode); DeepSeek, profile-data, train.json (durations and
+grids: attention's medians of 4, SwiGLU's call with the most rows).
 """
 
 from dataclasses import dataclass

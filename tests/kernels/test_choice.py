@@ -69,6 +69,9 @@ def test_kernels_may_be_left_out(caplog, monkeypatch):
     monkeypatch.setenv("DSV3_KERNELS", "plain")
     assert run(kind="NVIDIA H800") == "plain"
     assert lines(caplog) == [(logging.WARNING, "op: reference, for DSV3_KERNELS is plain")]
+    monkeypatch.setenv("DSV3_KERNELS", "none")
+    with pytest.raises(ValueError, match="DSV3_KERNELS is 'none' in the environment, expected pl"):
+        run(kind="NVIDIA H800")
 
 
 def test_a_named_one_never_falls_back(caplog):

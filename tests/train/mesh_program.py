@@ -128,7 +128,13 @@ CASES |= {
     "dualpipe, bf16": pipeline("dualpipe", 2, gpu=2, one_expert=True, recipe="bf16", **PARTS),
     "fp8 wire, two hops": {"node": 2, "gpu": 2, "dispatch": "fp8", "capacity_factor": 0.5},
     "fp8 wire, dualpipe": pipeline("dualpipe", 2, 4, gpu=2, dispatch="fp8"),
-    "logfmt10, two hops": {"node": 2, "gpu": 2, "combine": "logfmt10", "model": WIDE},
+    "logfmt10, two hops": {
+        "node": 2,
+        "gpu": 2,
+        "combine": "logfmt10",
+        "one_expert": True,
+        "model": WIDE,
+    },
     # Micro-batches and so tiles are the same as on one device.
     "fp8, dualpipe": pipeline("dualpipe", 2, model=WIDE, **FP8, **PARTS),
     "fp8, zb1p, remat full": pipeline("zb1p", 4, remat="full", model=WIDE, **FP8, **PARTS),

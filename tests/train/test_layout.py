@@ -51,10 +51,9 @@ WORST_FP8_MESHES = 0.5
 """0.13 measured, of a latent norm's gain."""
 WORST_FP8_WIRE = 2e-3
 """1e-4 measured where a value in ten thousand, in FP32 a last place away, rounds to another of FP8,
-which machines do for different ones; 2e-2 would be rows that were not rounded at all."""
-WORST_LOGFMT10 = 0.5
-"""Two hops round their partial sums, one device the sum, which may tip a choice: 0.24 measured
-where it did, on a CPU without AVX-512, 0.031 where it did not."""
+which machines do for different ones; rows that were not rounded at all: 0.37."""
+WORST_LOGFMT10 = 0.03
+"""Two hops round a sum twice, one device once: 0.009 measured, where no choice of experts can tip."""
 
 
 def mesh_errors(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
@@ -125,6 +124,7 @@ def test_the_fp8_wire_in_a_pipeline():
 @pytest.mark.slow
 def test_logfmt_in_two_hops_is_close_to_one_device():
     (errors,) = mesh_errors(("logfmt10, two hops",)).values()
+    assert errors["load"] == 0
     assert 1e-4 < max(errors.values()) <= WORST_LOGFMT10
 
 

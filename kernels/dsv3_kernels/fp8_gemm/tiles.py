@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from dsv3_kernels.quantize.tiles import MEMORY_BYTES_PER_CYCLE
+
 SM_COUNT = 132
 """Of an H100 or H800 SXM: programs that run at once."""
 SHARED_MEMORY_BYTES = 227 * 1024
@@ -14,8 +16,6 @@ L2_BYTES_PER_CYCLE = 5120 / SM_COUNT
 """That an SM gets of L2's 5,120, NVIDIA's figure for the A100; there is none for Hopper."""
 STORE_BYTES = 128
 """Of a row in one store: the widest swizzle."""
-MEMORY_BYTES_PER_CYCLE = 3.35e12 / SM_COUNT / 1.755e9
-"""That an SM gets of HBM's bandwidth, 14.5."""
 FILL_CYCLES = 1500
 """From a tile's first load to its first product. No fact of the hardware: the one number fitted to
 speeds that were measured, see `dsv3_kernels.published`."""
