@@ -53,7 +53,7 @@ WORST_FP8_WIRE = 2e-3
 """1e-4 measured where a value in ten thousand, in FP32 a last place away, rounds to another of FP8,
 which machines do for different ones; rows that were not rounded at all: 0.37."""
 WORST_LOGFMT10 = 0.03
-"""Two hops round a sum twice, one device once: 0.009 measured, where no choice of experts can tip."""
+"""Two hops round a sum twice, one device once: 0.009 measured; no choice of experts can tip."""
 
 
 def mesh_errors(names: tuple[str, ...]) -> dict[str, dict[str, float]]:
