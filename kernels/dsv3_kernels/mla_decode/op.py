@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from dsv3_kernels import choice
-from dsv3_kernels.mla_decode import reference
+from dsv3_kernels.mla_decode import reference, xla
 from dsv3_kernels.mla_decode.reference import LATENT_DIM, pack_fp8, packed_bytes, unpack_fp8
 from dsv3_kernels.mla_decode.tiles import BLOCK as PAGE_SIZE
 
 __all__ = ["PAGE_SIZE", "mla_decode", "mla_decode_rows", "pack_fp8", "packed_bytes", "unpack_fp8"]
-IMPLEMENTATIONS = ("reference", "mosaic")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic")
+ROWS_IMPLEMENTATIONS = ("reference", "mosaic")
 
 
 # Jitted, so that each shape is traced and lowered once in a program: a kernel takes 0.5 s.
@@ -50,8 +51,9 @@ def mla_decode(
     cuts all requests' keys into; None: as many as run at once.
 
     None chooses `mosaic` where the program is for Hopper and the kernel has the case, otherwise
-    `reference`. Raises ValueError for an unknown implementation and for shapes that do not fit,
-    NotImplementedError for a case that the named implementation lacks.
+    `xla`, which reads no further than the longest request. Raises ValueError for an unknown
+    implementation and for shapes that do not fit, NotImplementedError for a case that the named
+    implementation lacks.
     """
     choice.require_known(implementation, IMPLEMENTATIONS)
     _check(q, pages, page_table, lengths, scale, v_dim, splits)
@@ -63,7 +65,8 @@ def mla_decode(
         operands,
         kernel=lambda: partial(_mosaic().attend, splits=splits, **options),
         unsupported=lambda: _mosaic().unsupported(q, pages, page_table, v_dim),
-        plain=partial(reference.attend, **options),
+        plain=partial((reference if implementation == "reference" else xla).attend, **options),
+        plain_name="xla",
     )
 
 
@@ -80,9 +83,9 @@ def mla_decode_rows(
     """`mla_decode` over a cache in which each request's tokens lie side by side.
 
     To the kernel that is a cache of pages in their order, if it has a multiple of `PAGE_SIZE`
-    tokens. Chosen and raised as above.
+    tokens. None chooses as above, but `reference` in place of `xla`; raises as above.
     """
-    choice.require_known(implementation, IMPLEMENTATIONS)
+    choice.require_known(implementation, ROWS_IMPLEMENTATIONS)
     batch, tokens, qk_dim = cache.shape
     if batch != q.shape[0]:
         raise ValueError(f"cache is {list(cache.shape)}, expected [{q.shape[0]}, ...] as q has")
