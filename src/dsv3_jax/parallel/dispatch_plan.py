@@ -20,7 +20,7 @@ from dsv3_kernels.permute.plan import NOTHING
 
 MAX_BLOCK = 128
 SMALL_BATCH = 32
-"""Up to this many tokens the slots hold every possible pair: an overflow cannot happen."""
+"""Up to this many tokens, as in decoding, the slots hold four times the mean load."""
 
 
 class DispatchPlan(NamedTuple):
@@ -42,14 +42,15 @@ class DispatchPlan(NamedTuple):
 
 
 def choose_capacity(tokens: int, top_k: int, num_experts: int, rows: int) -> int:
-    """Slots for each expert: 1.125 times the mean load for many tokens, all for few.
+    """Slots for each expert: 1.125 times the mean load for many tokens; for few, whose loads differ
+    more, four times, and no less than 8.
 
     `tokens` and `num_experts` are a device's own, where the others have as many; `rows` are what
     could come to one expert, from all devices.
     """
-    if tokens <= SMALL_BATCH:
-        return rows
     mean = tokens * top_k / num_experts
+    if tokens <= SMALL_BATCH:
+        return min(rows, max(8, math.ceil(4 * mean)))
     return min(rows, -(-int(1.125 * mean + 1) // 8) * 8)
 
 
