@@ -12,6 +12,7 @@ import dsv3_jax
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 TOUR = ROOT / "notebooks" / "01_model_tour.ipynb"
+SIZING = ROOT / "notebooks" / "02_size_a_run.ipynb"
 MAX_BYTES = 200_000
 
 
@@ -44,6 +45,23 @@ def assert_tells_its_story(notebook):
     assert pictures(notebook) == 2
 
 
+def assert_stays_in_the_budget(notebook):
+    """Published figures stand beside predictions, and the layout that is found can be paid."""
+    text = printed(notebook)
+    for figure in ("1,297", "14,800", "129.0", "h800_2048", "86.9B parameters, 10.0B active"):
+        assert figure in text
+    (share,) = re.findall(r"(\d+)% of the budget", text)
+    assert 50 < int(share) <= 100
+    best = re.search(r"^1  (PP\d+ EP\d+ DP\d+ \w+)", text, re.MULTILINE)
+    assert best is not None and f"{best[1]}: {share}% of the budget" in text
+    (each,) = re.findall(r"each token +([\d.]+) ms", text)
+    assert float(each) <= 40
+    assert pictures(notebook) == 1
+
+
+STORIES = {TOUR: assert_tells_its_story, SIZING: assert_stays_in_the_budget}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_is_committed_as_executed(path):
     assert path.stat().st_size < MAX_BYTES
@@ -57,14 +75,16 @@ def test_is_committed_as_executed(path):
     assert "/home/" not in printed(notebook)
 
 
-def test_tour_as_committed():
-    assert_tells_its_story(nbformat.read(TOUR, as_version=4))
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_story_as_committed(path):
+    STORIES[path](nbformat.read(path, as_version=4))
 
 
 @pytest.mark.slow
-def test_tour_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(dsv3_jax.__file__).parents[1]))
-    notebook = nbformat.read(TOUR, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     resources = {"metadata": {"path": str(tmp_path)}}  # nothing of the repository is in reach
@@ -76,4 +96,4 @@ def test_tour_runs(tmp_path, monkeypatch):
         if output.output_type == "stream" and output.name == "stderr"
     ]
     assert errors == []
-    assert_tells_its_story(notebook)
+    STORIES[path](notebook)

@@ -1,14 +1,23 @@
 """What a GPU can do, and how XLA is told of one that is not there. Imports no JAX.
 
-All bandwidths are bytes/s in one direction, all rates dense (no sparsity), for the SXM boards of an
-8-GPU node.
+The numbers are in gpus/*.toml, each with its source: bandwidths of one direction, rates dense (no
+sparsity), for the SXM boards of an 8-GPU node.
 
 Sources: NVIDIA's data sheets of H100, H200 and HGX B200; for the H800 "Insights into DeepSeek-V3"
 (arXiv 2505.09343) §2 and §4.3; sizes that XLA asks for from its own published target
 configurations (h100_sxm, h200, b200).
 """
 
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config.checks import require
+from dsv3_jax.plan.quantities import read_quantity, read_toml
+
+DIRECTORY = Path(__file__).with_name("gpus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,68 +46,54 @@ class Gpu:
     gpus_per_node: int = 8
 
 
-# "Insights" §4.3: of the H800's 200 GB/s of NVLink 160 are achieved, of 50 GB/s of InfiniBand 40.
-# The same shares are assumed of the other models, for which no such pair is published.
-ACHIEVED_SHARE = 0.8
+QUANTITIES = {
+    name: hint
+    for name, hint in typing.get_type_hints(Gpu).items()
+    if name not in ("name", "device_name", "compute_capability", "gpus_per_node")
+}
+"""Fields that a file gives with unit and source."""
 
-_H100 = Gpu(
-    name="h100",
-    device_name="NVIDIA H100 80GB HBM3",
-    compute_capability=(9, 0),
-    multiprocessors=132,  # data sheet: 16,896 FP32 cores / 128
-    clock_ghz=1.98,  # XLA's h100_sxm
-    l2_bytes=52_428_800,  # XLA's h100_sxm
-    memory_bytes=84_942_979_072,  # XLA's h100_sxm: 80 GB, as the driver counts
-    memory_bytes_per_second=3.35e12,  # data sheet
-    bf16_flops_per_second=989.4e12,  # data sheet: 1,979e12 with sparsity
-    fp8_flops_per_second=1_978.9e12,  # data sheet: 3,958e12 with sparsity
-    tf32_flops_per_second=494.7e12,  # data sheet: 989e12 with sparsity
-    fp32_flops_per_second=66.9e12,  # data sheet: 67e12
-    nvlink_links=18,
-    nvlink_bytes_per_second=450e9,  # data sheet: 900 GB/s both ways
-    nvlink_achieved_bytes_per_second=450e9 * ACHIEVED_SHARE,
-    network_bytes_per_second=50e9,  # one 400 Gbit/s port a GPU: DGX H100 data sheet
-    network_achieved_bytes_per_second=50e9 * ACHIEVED_SHARE,
-    pcie_bytes_per_second=34_359_738_368,  # XLA's h100_sxm
-)
-_H200 = replace(  # data sheet: the H100's chip with another memory
-    _H100,
-    name="h200",
-    device_name="NVIDIA H200 141GB HBM3e",
-    memory_bytes=151_397_597_184,  # XLA's h200
-    memory_bytes_per_second=4.8e12,  # data sheet
-)
-_H800 = replace(  # the H100's chip with fewer NVLinks: MFU in "Insights" Table 4 is of 989e12
-    _H100,
-    name="h800",
-    device_name="NVIDIA H800",
-    nvlink_links=8,
-    nvlink_bytes_per_second=200e9,  # "Insights" §4.3: 400 GB/s both ways
-    nvlink_achieved_bytes_per_second=160e9,  # "Insights" §4.3
-    network_bytes_per_second=50e9,  # "Insights" §4.3: 400 Gbit/s InfiniBand
-    network_achieved_bytes_per_second=40e9,  # "Insights" §4.3
-)
-_B200 = Gpu(
-    name="b200",
-    device_name="NVIDIA B200",
-    compute_capability=(10, 0),
-    multiprocessors=148,  # XLA's b200
-    clock_ghz=1.965,  # XLA's b200
-    l2_bytes=132_644_864,  # XLA's b200
-    memory_bytes=191_514_411_008,  # XLA's b200: 180 GB of 192 are for programs
-    memory_bytes_per_second=7.67e12,  # XLA's b200; the data sheet says "up to 8 TB/s"
-    bf16_flops_per_second=2_250e12,  # data sheet of HGX B200, 1,000 W: half of 4.5e15
-    fp8_flops_per_second=4_500e12,  # data sheet: half of 9e15
-    tf32_flops_per_second=1_100e12,  # data sheet: half of 2.2e15
-    fp32_flops_per_second=80e12,  # data sheet
-    nvlink_links=18,
-    nvlink_bytes_per_second=900e9,  # data sheet: 1.8 TB/s both ways
-    nvlink_achieved_bytes_per_second=900e9 * ACHIEVED_SHARE,
-    network_bytes_per_second=50e9,  # one 400 Gbit/s port a GPU: DGX B200 data sheet
-    network_achieved_bytes_per_second=50e9 * ACHIEVED_SHARE,
-    pcie_bytes_per_second=68_719_476_736,  # XLA's b200
-)
-GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in (_H100, _H200, _H800, _B200)}
+
+def read_gpu(table: Mapping[str, Any], where: str, base: Gpu | None = None) -> Gpu:
+    """The GPU of a file's table; what it leaves out is `base`'s.
+
+    ValueError names a field that is not there, not known, or without unit or source.
+    """
+    known = {"name", "device_name", "compute_capability", *QUANTITIES}
+    for field in table:
+        require(field in known, where, field, f"one of {', '.join(sorted(known))}")
+    missing = sorted(known - set(table)) if base is None else []
+    require(not missing, where, sorted(table), f"{', '.join(missing)} as well")
+    values: dict[str, Any] = {}
+    for field, given in table.items():
+        if field in QUANTITIES:
+            values[field], _ = read_quantity(where, field, given, QUANTITIES[field])
+        elif field == "compute_capability":
+            holds = isinstance(given, list) and [type(part) for part in given] == [int, int]
+            require(holds, f"{where}: {field}", given, "two whole numbers, e.g. [9, 0]")
+            values[field] = tuple(given)
+        else:
+            require(isinstance(given, str), f"{where}: {field}", given, "a text")
+            values[field] = given
+    return Gpu(**values) if base is None else replace(base, **values)
+
+
+def _read_file(name: str) -> Gpu:
+    path = DIRECTORY / f"{name}.toml"
+    table = read_toml(path)
+    base = table.pop("based_on", None)
+    return read_gpu(table, path.name, None if base is None else _read_file(base))
+
+
+def gpu_sources(name: str) -> dict[str, str]:
+    """Where each number of a GPU's file is from, by field."""
+    table = read_toml(DIRECTORY / f"{name}.toml")
+    base = table.pop("based_on", None)
+    found = {} if base is None else gpu_sources(base)
+    return found | {field: table[field]["source"] for field in QUANTITIES if field in table}
+
+
+GPUS: dict[str, Gpu] = {name: _read_file(name) for name in ("h100", "h200", "h800", "b200")}
 
 
 def find_gpu(name: str) -> Gpu:
