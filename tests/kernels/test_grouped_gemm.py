@@ -1,6 +1,7 @@
 """The products of groups against float64 products, group by group, of what the operands are."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_kernels.grouped_gemm import op, schedule, xla
+from dsv3_kernels.grouped_gemm import bench, op, schedule, shapes, xla
 from tests.kernels.test_fp8_gemm import matrix, operand, relative_error
 from tests.kernels.test_quantize import BLOCK, ROW
 
@@ -212,6 +213,45 @@ def test_nothing_at_all(implementation):
     np.testing.assert_array_equal(found, np.zeros((3, 8, 4)))
 
 
+@pytest.mark.parametrize(
+    "sizes", [[0, 2011, 37], [700, 640, 708], [400, 1300, 1], [0, 0, 0]], ids=str
+)
+def test_blocks_of_all_heights(sizes):
+    """Of 64 to 2,048 rows, whole ones and not; with and without rows in common; to the last row."""
+    rows, dtype = 2048, "float32"
+    a, b, dy = (plain(s, i, dtype) for i, s in enumerate([(rows, 40), (3, 24, 40), (rows, 24)]))
+    found = op.ragged_rows(jnp.asarray(a), jnp.asarray(b), jnp.asarray(sizes), dtype)
+    assert_equal(found, ragged_rows_by_hand(a, b, sizes))
+    found = op.ragged_k(jnp.asarray(dy), jnp.asarray(a), jnp.asarray(sizes), dtype)
+    assert_equal(found, ragged_k_by_hand(dy, a, sizes))
+
+
+@pytest.mark.parametrize(
+    ("heights", "size", "expected"),
+    [
+        ([512, 256, 128, 64], 1600, [512, 512, 512, 64]),
+        ([512, 256, 128, 64], 500, [256, 256]),
+        ([512, 256, 128, 64], 130, [256]),
+        ([512, 256, 128, 64], 1, [64]),
+        ([512, 256, 128, 64], 0, []),
+        ([40], 90, [40, 40, 40]),
+    ],
+)
+def test_the_blocks_of_a_group(heights, size, expected):
+    """One that is not whole rather than two of half the rows."""
+
+    def do_block(height, start, end, is_whole, found):
+        count, heights, starts = found
+        return count + 1, heights.at[count].set(height), starts.at[count].set(start)
+
+    none = jnp.zeros((), int), jnp.zeros((8,), int), jnp.zeros((8,), int)
+    over = partial(xla._over_blocks, heights, do_block=do_block, carry=none)
+    count, found, starts = jax.jit(over)(jnp.asarray(100), jnp.asarray(100 + size))
+    assert found[:count].tolist() == expected
+    ends = np.cumsum([100, *expected])
+    assert starts[:count].tolist() == ends[:-1].tolist()
+
+
 def test_the_rows_of_a_block_that_are_its_own():
     """Of 32 rows from 290 on of 300: it begins at 268, and has those from 290 to 295."""
     start, is_own = xla._clamped(32, jnp.int32(290), jnp.int32(295), 300)
@@ -344,3 +384,29 @@ def test_scales_that_do_not_fit_are_named(form, a_scale, b_scale, options, messa
     arrays = a, b, jnp.asarray([2, 0, 2])
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(getattr(op, form))(*arrays, "float32", scales=scales, **options)
+
+
+@pytest.mark.slow
+def test_the_bench_on_cpu(monkeypatch, capsys):
+    shape = shapes.Shape(name="of 3", rows=96, groups=3, n=8, k=16)
+    monkeypatch.setattr(shapes, "ON_CPU", [shape])
+    bench.main(["--repeats", "1"])
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert header == "| product | dense, GFLOP/s | even | mild | skewed | two | one |"
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[0] for row in cells] == ["of 3 forward", "of 3 dx", "of 3 dw"]
+    assert all(len(row) == 7 and min(map(float, row[1:])) >= 0 for row in cells)
+
+
+def test_the_spreads_of_the_bench_are_of_all_rows():
+    found = bench.spreads(8192, 16)
+    assert [sizes.sum() for sizes in found.values()] == [8192] * 5
+    assert [np.count_nonzero(found[name]) for name in ("even", "two", "one")] == [16, 2, 1]
+    largest = [sizes.max() for sizes in found.values()]
+    assert largest == sorted(largest)
+
+
+def test_a_bench_of_no_runs_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--repeats", "0"])
+    assert "--repeats is 0, expected at least 1" in capsys.readouterr().err

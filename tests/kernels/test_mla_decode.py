@@ -211,7 +211,10 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             unwrapped(q, pages, table, lengths, scale, **({"v_dim": V_DIM} | options))
 
-    rejects("implementation is 'triton', expected one of reference, xla, mosaic", implementation="triton")
+    rejects(
+        "implementation is 'triton', expected one of reference, xla, mosaic",
+        implementation="triton",
+    )
     rejects("v_dim is 10, expected 1 to 9", v_dim=10)
     rejects("pages is bfloat16, expected float32 as q, or uint8", pages=pages.astype("bfloat16"))
     rejects(r"pages is \[5, 4, 8\], expected \[pages, page_size, 9\]", pages=pages[..., :8])

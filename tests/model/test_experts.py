@@ -19,6 +19,7 @@ from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.dispatch_plan import choose_capacity, overflow_block, plan_dispatch
 from dsv3_jax.quant.matmul import QuantisedProduct, SwigluProduct
 from dsv3_jax.quant.recipe import RULES, make_recipe
+from tests.kernels.test_target import mesh_of
 from tests.oracle import tape
 from tests.parallel.routings import KINDS, draw_routing
 from tests.programs import dot_flops, quick_jit
@@ -144,6 +145,24 @@ def test_in_fp8_swiglu_as_part_of_the_product_is_the_one_before_it(tokens):
     )
     for found, expected, far in zip(inside, before, unquantised, strict=True):
         assert relative_error(found, expected) < 1e-3 < relative_error(far, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "expected"),
+    [("bfloat16", "NVIDIA H800", 4), ("float32", "NVIDIA H800", 0), ("bfloat16", "NVIDIA B200", 0)],
+)
+def test_on_hopper_bfloat16_products_are_of_filled_rows(dtype, gpu, expected):
+    """Both products and both gradients of their inputs."""
+    module = nnx.eval_shape(lambda: build(dtype))
+    rows, top_k = jax.ShapeDtypeStruct((300, HIDDEN), dtype), (300, TOP_K)
+    weights, chosen = (jax.ShapeDtypeStruct(top_k, kind) for kind in (dtype, "int32"))
+
+    def value(module, x, weights, chosen):
+        return jnp.sum(run(module, x, weights, chosen), dtype=jnp.float32)
+
+    with jax.sharding.use_abstract_mesh(mesh_of(gpu)):
+        traced = jax.make_jaxpr(jax.grad(value, argnums=(0, 1, 2)))(module, rows, weights, chosen)
+    assert str(traced).count("name=masked_rows") == expected
 
 
 def trips_of(chosen: np.ndarray, experts: int) -> int:

@@ -55,18 +55,19 @@ from jaxtyping import Array, Float
 
 from dsv3_kernels.cost import flops_in_name
 from dsv3_kernels.fp8_gemm import tiles as sizes
+from dsv3_kernels.fp8_gemm.mosaic_sm90_promotion import (
+    BLOCK_SCALES,
+    CONSUMER_REGISTERS,
+    GROUP,
+    PRODUCER_REGISTERS,
+    ROWS,
+    Promotion,
+    fill_up,
+    swizzled,
+)
 from dsv3_kernels.fp8_gemm.tiles import Tiles
 from dsv3_kernels.quantize.reference import BLOCK, E4M3
 
-ROWS = sizes.M // 2
-"""Of a warpgroup, and of a wgmma."""
-GROUP = 64
-"""Columns for which one scale of b in blocks holds, wherever a tile begins."""
-BLOCK_SCALES = 32
-"""Scales of b in blocks that are copied for a step, of which two are used: TMA writes to multiples
-of 128 bytes."""
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
-"""Of a thread. A program starts with 168 for each; more than 3 x 168 in all would wait for ever."""
 OUT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
@@ -89,8 +90,9 @@ def gemm(
     *batch, m, _ = a.shape
     n = b.shape[-2]
     tiles = tiles or sizes.choose(math.prod(batch), m, n, b_scale.shape[-2] == n)
-    a, b = _fill_up(a, (8, 64)), _fill_up(b, (8, 64))
-    scales = [_fill_up(jnp.swapaxes(scale, -1, -2), (1, 4)) for scale in (a_scale, b_scale)]
+    a, b, a_scale, b_scale = (x.reshape(-1, *x.shape[-2:]) for x in (a, b, a_scale, b_scale))
+    a, b = fill_up(a, (8, 64)), fill_up(b, (8, 64))
+    scales = [fill_up(jnp.swapaxes(scale, -1, -2), (1, 4)) for scale in (a_scale, b_scale)]
     plan = _Plan(
         batch=a.shape[0],
         m=a.shape[1],
@@ -165,19 +167,12 @@ class _Plan:
         return pl.CostEstimate(flops=flops, bytes_accessed=self.batch * values, transcendentals=0)
 
 
-def _fill_up(x: Array, multiples: tuple[int, int]) -> Array:
-    """`x` as [batch, ...], its last two dims filled up with zeros."""
-    x = x.reshape(-1, *x.shape[-2:])
-    rows, columns = (-size % of for size, of in zip(x.shape[1:], multiples, strict=True))
-    return jnp.pad(x, [(0, 0), (0, rows), (0, columns)]) if rows or columns else x
-
-
 def _product(plan: _Plan) -> Any:
     """The kernel: (a [e, m, k], a_scale [e, k/128, m], b [e, n, k], b_scale) -> [e, m, n...]."""
     stages, n, width = plan.tiles.stages, plan.tiles.n, plan.store_columns
     # A row of 128 values in pieces of 128 bytes, or of 64 where k is no multiple of 128.
-    values = _swizzled(128 if plan.k % 128 == 0 else 64, itemsize=1)
-    stored = _swizzled(sizes.STORE_BYTES, plan.out_dtype.itemsize)
+    values = swizzled(128 if plan.k % 128 == 0 else 64, itemsize=1)
+    stored = swizzled(sizes.STORE_BYTES, plan.out_dtype.itemsize)
     scratch = dict(
         a_smem=plgpu.SMEM((stages, sizes.M, sizes.K), E4M3, transforms=values),
         b_smem=plgpu.SMEM((stages, n, sizes.K), E4M3, transforms=values),
@@ -208,11 +203,6 @@ def _product(plan: _Plan) -> Any:
         scratch_types=scratch,
         cost_estimate=plan.cost,
     )
-
-
-def _swizzled(width: int, itemsize: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    tiling = plgpu.TilingTransform((8, width // itemsize))  # pyright: ignore[reportAbstractUsage]
-    return tiling, plgpu.SwizzleTransform(width)  # pyright: ignore[reportAbstractUsage]
 
 
 def _kernel(
@@ -263,7 +253,16 @@ def _kernel(
     def consume(turn, stage):
         e, row, column = place(turn)
         rows = pl.ds(warpgroup * ROWS, ROWS)
-        half = lax.rem(lax.div(column, GROUP), 2)  # a tile of 192 may begin in the midst of a block
+        promotion = Promotion(
+            columns=n,
+            rows=rows,
+            half=lax.rem(lax.div(column, GROUP), 2),
+            is_b_in_rows=plan.b_in_rows,
+            a_scale_smem=a_scale_smem,
+            b_scale_smem=b_scale_smem,
+            empty=empty,
+            scales_read=scales_read,
+        )
 
         def step(_, carry):
             stage, sums = carry
@@ -271,33 +270,11 @@ def _kernel(
 
             def multiply(part):
                 plgpu.wgmma(part, a_smem.at[stage, rows], b_smem.at[stage].transpose((1, 0)))
-                layout = plgpu.Layout.WGMMA.reduce(1)
-                scale = plgpu.load(a_scale_smem.at[stage, rows], layout=layout)
-                blocks = range(0 if plan.b_in_rows else len(sums))
-                scales = [scale * b_scale_smem[stage, lax.div(half + i, 2)] for i in blocks]
-                return scale, scales, part[...]
 
-            accumulator = plgpu.ACC((ROWS, n), jnp.float32)
-            scale, scales, part = pl.run_scoped(multiply, accumulator)
-            plgpu.barrier_arrive(empty.at[stage])
-            if not plan.b_in_rows:
-                plgpu.barrier_arrive(scales_read.at[stage])
-            added = []
-            for i, total in enumerate(sums):
-                piece = part[:, i * GROUP : (i + 1) * GROUP]
-                if plan.b_in_rows:  # read as late as can be: there are no registers to keep them
-                    layout, columns = plgpu.Layout.WGMMA.reduce(0), pl.ds(i * GROUP, GROUP)
-                    column_scale = plgpu.load(b_scale_smem.at[stage, columns], layout=layout)
-                    piece = piece * lax.broadcast_in_dim(column_scale, piece.shape, (1,))
-                row_scale = scale if plan.b_in_rows else scales[i]
-                added.append(total + piece * lax.broadcast_in_dim(row_scale, piece.shape, (0,)))
-            if plan.b_in_rows:
-                plgpu.barrier_arrive(scales_read.at[stage])
-            return following(stage), tuple(added)
+            sums = promotion.add(sums, stage, multiply)
+            return following(stage), sums
 
-        zero = plgpu.layout_cast(jnp.zeros((ROWS, GROUP), jnp.float32), plgpu.Layout.WGMMA)
-        start = stage, (zero,) * (n // GROUP)
-        stage, sums = lax.fori_loop(0, plan.k_steps, step, start)
+        stage, sums = lax.fori_loop(0, plan.k_steps, step, (stage, promotion.zero()))
         pieces = [(i, first) for i in range(len(sums)) for first in range(0, GROUP, width)]
         for number, (i, first) in enumerate(pieces):
             slot = out_smem.at[warpgroup, number % plan.tiles.store_slots]

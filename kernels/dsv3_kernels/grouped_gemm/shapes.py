@@ -2,6 +2,7 @@
 
 With 64 GPUs a device has 4 of the 256 experts. In training, 4,096 tokens a GPU choose 8 experts
 each: 32,768 rows; fewer are in a micro-batch of a pipeline. In decode each group has room for 512.
+On CPU small models are trained.
 """
 
 from dataclasses import dataclass, replace
@@ -52,3 +53,15 @@ def _of_precision(is_fp8: bool) -> list[Shape]:
 
 FP8 = _of_precision(is_fp8=True)
 BF16 = _of_precision(is_fp8=False)
+
+ON_CPU = [
+    Shape(name=name, rows=8192, groups=groups, n=n, k=k, is_fp8=False, alignment=1)
+    for name, groups, n, k in (
+        ("16 x [256, 256]", 16, 256, 256),
+        ("16 x [256, 128]", 16, 256, 128),
+        ("32 x [512, 512]", 32, 512, 512),
+        ("32 x [512, 256]", 32, 512, 256),
+        ("8 x [1024, 1024]", 8, 1024, 1024),
+    )
+]
+"""The experts of configs/bench_tiny.py and configs/bench_small.py, 8,192 pairs, and larger ones."""

@@ -1,10 +1,15 @@
-"""The products of groups on CPU: each group's rows in blocks, as many as it has.
+"""The products of groups on CPU: what groups have in common at once, the rest by group.
 
-The weights of a group that has rows are copied, and made FP32, once; then a loop over large blocks
-of its rows, and one over small ones for the rest. XLA's CPU multiplies FP32 faster than BF16.
+    group 0   |####|####|##          of every group the first rows, up to a height chosen by how
+    group 1   |####|##               large the groups are, in one batched product;
+    group 2   |##  |                 then the rest of each in blocks of its rows
+
+In a loop XLA's CPU multiplies blocks of few rows at half a large product's speed or less, so few
+and large ones are what counts. FP32 is faster than BF16 there.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,10 +21,15 @@ from jaxtyping import Array, Float, Int
 from dsv3_kernels.grouped_gemm.reference import Scales
 from dsv3_kernels.quantize.reference import BLOCK, dequantize
 
-ROW_BLOCKS = (256, 32)
-"""Rows of a block: large ones, then the last, of which a part may be others'."""
-K_BLOCKS = (512, 128, 32)
-"""Where rows are summed over: each block adds to a whole matrix."""
+HEIGHTS = (512, 256, 128, 64)
+"""Rows of a block, and more in the largest until its product takes `LARGE_PRODUCT`."""
+LARGE_PRODUCT, MOST_ROWS = 2**26, 2048
+"""Multiplications: a millisecond's."""
+SHARES = (0.5, 0.75, 1.0)
+"""Of the mean group: what the batched product may take of every group, where that is worth it."""
+LEAST_COMMON_ROWS = 64
+ROWS_A_REST = 64
+"""As long as that many rows in the batched product: a group's rest, besides its rows' two times."""
 
 
 def ragged_rows(
@@ -32,8 +42,7 @@ def ragged_rows(
     transpose_b: bool = False,
 ) -> Float[Array, "rows n"]:
     """See op.py."""
-    ends = jnp.minimum(jnp.cumsum(group_sizes), a.shape[0])
-    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    starts, ends = _spans(group_sizes, a.shape[0])
     return _rows_product(a, b, starts, ends, scales, out_dtype, transpose_b)
 
 
@@ -68,8 +77,16 @@ def ragged_k(
     if scales is not None:
         a, b = (dequantize(x, scale).T for x, scale in zip((a, b), scales, strict=True))
     rows = a.shape[0]
-    ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
-    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    starts, ends = _spans(group_sizes, rows)
+    heights = _heights(rows, a.shape[1] * b.shape[1])
+
+    def of_common(height):
+        if not height:
+            return jnp.zeros((starts.size, a.shape[1], b.shape[1]), jnp.float32)
+        place = starts[:, None] + jnp.arange(height, dtype=starts.dtype)
+        is_own, place = (place < ends[:, None])[..., None], jnp.minimum(place, rows - 1)
+        left, right = (jnp.where(is_own, x[place], 0).astype(jnp.float32) for x in (a, b))
+        return jnp.einsum("gkm,gkn->gmn", left, right)
 
     def add_block(height, start, end, is_whole, total):
         start, is_own = _clamped(height, start, end, rows)
@@ -80,12 +97,19 @@ def ragged_k(
             left, right = jnp.where(is_own, left, 0), jnp.where(is_own, right, 0)
         return total + left.T @ right
 
-    def of_group(bounds):
-        total = jnp.zeros((a.shape[1], b.shape[1]), jnp.float32)
-        start, end = bounds
-        return _over_blocks(K_BLOCKS, rows, start, end, add_block, total).astype(out_dtype)
+    def add_rest(group, start, end, out):
+        total = _over_blocks(heights, start, end, add_block, out[group])
+        return out.at[group].set(total)
 
-    return lax.map(of_group, (starts, ends))
+    return _common_then_rest(starts, ends, rows, of_common, add_rest).astype(out_dtype)
+
+
+def _spans(
+    group_sizes: Int[Array, " groups"], rows: int
+) -> tuple[Int[Array, " groups"], Int[Array, " groups"]]:
+    """Where each group starts and ends."""
+    ends = jnp.minimum(jnp.cumsum(group_sizes), rows)
+    return jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]]), ends
 
 
 def _rows_product(
@@ -99,19 +123,32 @@ def _rows_product(
 ) -> Float[Array, "rows n"]:
     """The product of the rows from start to end of each group; zeros in all others."""
     rows, n = a.shape[0], b.shape[2 if transpose_b else 1]
-    b_scale = None
+    heights = _heights(rows, n * a.shape[1])
     if scales is not None:
-        a, b_scale = dequantize(a, scales[0]), scales[1]
+        a = dequantize(a, scales[0])
 
-    has_rows = ends > starts
-    groups = jnp.argsort(~has_rows)  # those that have come first
+    def weights(groups):
+        if scales is None:
+            found = b[groups].astype(jnp.float32)
+        else:
+            found = dequantize(b[groups], scales[1][groups], (BLOCK, BLOCK))
+        return found if transpose_b else jnp.swapaxes(found, -1, -2)
 
-    def do_group(index, out):
-        group = groups[index]
-        weight = b[group].astype(jnp.float32)
-        if b_scale is not None:
-            weight = dequantize(b[group], b_scale[group], (BLOCK, BLOCK))
-        weight = weight if transpose_b else weight.T
+    def of_common(height):
+        if not height:
+            return jnp.zeros((rows, n), out_dtype)
+        of_group = jnp.arange(height, dtype=starts.dtype)
+        place = jnp.minimum(starts[:, None] + of_group, rows - 1)
+        products = a[place].astype(jnp.float32) @ weights(slice(None))
+        row = jnp.arange(rows, dtype=starts.dtype)
+        group = jnp.sum(starts[:, None] <= row, axis=0, dtype=starts.dtype) - 1
+        place = row - starts[group]
+        is_common = (row < ends[group]) & (place < height)
+        found = products.astype(out_dtype)[group, jnp.minimum(place, height - 1)]
+        return jnp.where(is_common[:, None], found, 0)
+
+    def add_rest(group, start, end, out):
+        weight = weights(group)
 
         def do_block(height, start, end, is_whole, out):
             start, is_own = _clamped(height, start, end, rows)
@@ -122,31 +159,65 @@ def _rows_product(
                 product = jnp.where(is_own, product, others)
             return lax.dynamic_update_slice_in_dim(out, product, start, 0)
 
-        return _over_blocks(ROW_BLOCKS, rows, starts[group], ends[group], do_block, out)
+        return _over_blocks(heights, start, end, do_block, out)
 
-    return lax.fori_loop(0, jnp.sum(has_rows), do_group, jnp.zeros((rows, n), out_dtype))
+    return _common_then_rest(starts, ends, rows, of_common, add_rest)
+
+
+def _common_then_rest(
+    starts: Int[Array, " groups"],
+    ends: Int[Array, " groups"],
+    rows: int,
+    of_common: Callable[[int], Array],
+    add_rest: Callable[..., Array],
+) -> Array:
+    """`of_common(height)` of the height that costs least, and to it the rest of each group."""
+    mean, sizes = rows // starts.size, ends - starts
+    heights = [int(share * mean) for share in SHARES]
+    heights = [0, *(height for height in heights if height >= LEAST_COMMON_ROWS)]
+    rests = [jnp.maximum(sizes - height, 0) for height in heights]
+    costs = [
+        starts.size * height + jnp.sum(jnp.where(rest > 0, 2 * rest + ROWS_A_REST, 0))
+        for height, rest in zip(heights, rests, strict=True)
+    ]
+    chosen = jnp.argmin(jnp.stack(costs))
+    out = lax.switch(chosen, [partial(of_common, height) for height in heights])
+    starts = starts + jnp.asarray(heights, starts.dtype)[chosen]
+    has_rest = ends > starts
+    groups = jnp.argsort(~has_rest)  # those that have come first
+
+    def step(index, out):
+        group = groups[index]
+        return add_rest(group, starts[group], ends[group], out)
+
+    return lax.fori_loop(0, jnp.sum(has_rest), step, out)
+
+
+def _heights(rows: int, multiplications_a_row: int) -> list[int]:
+    """Of the blocks for a group's rows, the largest first."""
+    largest = min(LARGE_PRODUCT // multiplications_a_row, MOST_ROWS)
+    return sorted({min(height, rows) for height in (largest, *HEIGHTS)}, reverse=True)
 
 
 def _over_blocks(
-    heights: tuple[int, ...],
-    rows: int,
+    heights: list[int],
     start: Int[Array, ""],
     end: Int[Array, ""],
     do_block: Callable[..., Any],
     carry: Any,
 ) -> Any:
-    """`carry` after all blocks from `start` to `end`: as many whole ones of each height as there
-    are, the last of the smallest height, not whole."""
-    for height in heights:
-        is_last = height == heights[-1]
-        height = min(height, rows)
-        count = (end - start + (height - 1 if is_last else 0)) // height
+    """`carry` after all blocks from `start` to `end`: of the largest height whole ones, then of
+    each as many as leave no more than one of the next."""
+    for height, following in zip(heights, [*heights[1:], 0], strict=True):
+        is_whole = height == heights[0] != heights[-1]
+        left = end - start
+        count = left // height if is_whole else (left - following + height - 1) // height
 
-        def step(i, carry, height=height, start=start, is_whole=not is_last):
+        def step(i, carry, height=height, start=start, is_whole=is_whole):
             return do_block(height, start + i * height, end, is_whole, carry)
 
         carry = lax.fori_loop(0, count, step, carry)
-        start += count * height
+        start += jnp.maximum(count, 0) * height
     return carry
 
 

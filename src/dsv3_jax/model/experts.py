@@ -37,7 +37,7 @@ from dsv3_jax.parallel.dispatch_plan import (
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.parallel.wire import AS_IS, PACKINGS, UNCHANGED, Wire, pass_through
 from dsv3_jax.quant.formats import PLAIN, Codec
-from dsv3_jax.quant.matmul import SwigluProduct, WeightedInput
+from dsv3_jax.quant.matmul import SwigluProduct, WeightedInput, stacked_product
 from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
 from dsv3_jax.quant.scaled_array import ScaledArray, joined, trained, untrained
 from dsv3_kernels.permute.op import permute, unpermute
@@ -140,9 +140,8 @@ def expert_products(recipe: Recipe) -> ExpertProducts:
 
 
 def _multiply(x: Array, weight: Any, **of_rows: Any) -> Array:
-    """x W^T, by matrix where they are stacked; all rows, filled or not."""
-    del of_rows
-    return x @ weight.T if weight.ndim == 2 else jnp.einsum("eci,eoi->eco", x, weight)
+    """x W^T, by matrix where they are stacked."""
+    return x @ weight.T if weight.ndim == 2 else stacked_product(x, weight, **of_rows)
 
 
 @dataclass(frozen=True)

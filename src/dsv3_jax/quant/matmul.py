@@ -1,5 +1,6 @@
-"""Products that follow a `ProductRule`, with their gradients."""
+"""Products that follow a `ProductRule`, and stacked ones that follow none, with their gradients."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,14 +13,17 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.quant.formats import E4M3, PLAIN, ROW
 from dsv3_jax.quant.recipe import Operand, ProductRule
 from dsv3_jax.quant.scaled_array import ScaledArray, quantise, quantise_transposed
+from dsv3_kernels import choice
 from dsv3_kernels.fp8_gemm.op import fp8_gemm
 from dsv3_kernels.grouped_gemm.op import masked_rows
+from dsv3_kernels.grouped_gemm.plan import unsupported
 from dsv3_kernels.quantize.op import BLOCK
 from dsv3_kernels.swiglu_quantize.op import (
     swiglu_backward,
     swiglu_quantize,
     swiglu_quantize_transposed,
 )
+from dsv3_kernels.target import is_hopper
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,78 @@ def _multiply(
     if filled is not None and b.tile == (BLOCK, BLOCK):
         scales = a.scale, b.scale
         options = dict(scales=scales, expected_rows=expected)
-        y = masked_rows(a.values, b.values, filled, dtype, **options)
-        return jnp.where(jnp.arange(y.shape[1])[:, None] < filled[:, None, None], y, 0)
+        return _without_rest(masked_rows(a.values, b.values, filled, dtype, **options), filled)
     if b.tile != (BLOCK, BLOCK):
         b = b.of_rows()
     return fp8_gemm(a.values, a.scale, b.values, b.scale, dtype)
+
+
+def stacked_product(
+    x: Float[Array, "matrices rows in_dim"],
+    weight: Float[Array, "matrices out_dim in_dim"],
+    filled: Int[Array, " matrices"] | None = None,
+    expected: int | None = None,
+) -> Float[Array, "matrices rows out_dim"]:
+    """x W^T by matrix, in their dtype; `filled` and `expected` are as `QuantisedProduct` has them.
+
+    In BF16 on a Hopper GPU only filled rows are multiplied, by W and in backward dy by W; anywhere
+    else, and for the gradient of W, it is one product of all rows.
+    """
+    if filled is None or not is_hopper():
+        return _all_rows(x, weight)
+    return _stacked(expected, x, weight, filled)
+
+
+def _all_rows(x: Array, weight: Array) -> Array:
+    return jnp.einsum("eci,eoi->eco", x, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stacked(expected: int | None, x: Array, weight: Array, filled: Array) -> Array:
+    return _filled_rows(_all_rows, x, weight, filled, expected)
+
+
+def _stacked_forward(
+    expected: int | None, x: Array, weight: Array, filled: Array
+) -> tuple[Array, Any]:
+    return _stacked(expected, x, weight, filled), (x, weight, filled)
+
+
+def _stacked_backward(expected: int | None, residuals: Any, dy: Array) -> tuple[Array, Array, None]:
+    x, weight, filled = residuals
+    all_rows = partial(jnp.einsum, "eco,eoi->eci")
+    dx = _filled_rows(all_rows, dy, weight, filled, expected, transpose_b=True)
+    return dx, jnp.einsum("eco,eci->eoi", dy, x), None
+
+
+_stacked.defvjp(_stacked_forward, _stacked_backward)
+
+
+def _filled_rows(
+    all_rows: Callable[[Array, Array], Array],
+    a: Array,
+    b: Array,
+    filled: Array,
+    expected: int | None,
+    **transposed: bool,
+) -> Array:
+    """`all_rows(a, b)`, of filled rows where the kernel has them; zeros behind them there."""
+
+    def multiply(a, b, filled):
+        options = dict(expected_rows=expected, implementation="mosaic", **transposed)
+        return _without_rest(masked_rows(a, b, filled, a.dtype, **options), filled)
+
+    return choice.run(
+        "experts' products",
+        None,
+        (a, b, filled),
+        kernel=lambda: multiply,
+        unsupported=lambda: unsupported(a, b, None, a.dtype),
+        plain=lambda a, b, _: all_rows(a, b),
+        plain_name="a product of all rows",
+    )
+
+
+def _without_rest(y: Array, filled: Array) -> Array:
+    """`y` with zeros behind the filled rows."""
+    return jnp.where(jnp.arange(y.shape[1])[:, None] < filled[:, None, None], y, 0)
