@@ -20,7 +20,7 @@ test: setup
 	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint:
-	@scripts/setup.sh test,lint
+	@scripts/setup.sh test,serve,lint
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m pyright

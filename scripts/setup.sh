@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the packages of pyproject.toml; a call when nothing changed takes a moment.
 #
-#   scripts/setup.sh [EXTRA,EXTRA...]   make or update .venv with these extras (default: test)
+#   scripts/setup.sh [EXTRA,EXTRA...]   make or update .venv with these extras (default: test,serve)
 #   scripts/setup.sh --find-python      only print the interpreter that it would use
 #
 # The extras are pyproject.toml's, and `compile` (for `dsv3 compile`: 0.7 GB, nobody else needs it):
@@ -36,7 +36,7 @@ print(sys._base_executable)
 # where PYTHONDONTWRITEBYTECODE is set and every later start would else take 3 seconds more.
 first_use='
 import importlib.util
-for name in ("beartype", "hypothesis", "pytest"):  # of the extra `test`
+for name in ("beartype", "hypothesis", "pytest", "fastapi"):  # of the extras test and serve
     if importlib.util.find_spec(name):
         importlib.import_module(name)
 import grain, matplotlib.pyplot, orbax.checkpoint, pyarrow.parquet, rich.progress
@@ -99,7 +99,7 @@ if [ "${1:-}" = --find-python ]; then
     find_python
     exit
 fi
-extras="${1:-test}"
+extras="${1:-test,serve}"
 stamp=.venv/setup-complete
 # Of pyproject.toml only what comes before the tools' settings can change the packages.
 made_from="$(sed '/^\[tool\.pytest/q' pyproject.toml | cat - scripts/setup.sh | cksum) $(pwd -P)"

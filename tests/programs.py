@@ -8,13 +8,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
-quick_jit: Callable[..., Any] = partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quick_jit: Callable[..., Any] = partial(jax.jit, compiler_options=QUICK)
 """`jax.jit` for programs that run once or twice: half the time to compile, slower code."""
 
 

@@ -139,7 +139,7 @@ WRONG_USE = [
     (["train", BENCH_TINY, "--set"], "dsv3 train", "--set", "expected one argument"),
     (["bench"], "dsv3 bench", "what"),
     (["bench", "fly"], "dsv3 bench", "'fly'", "choose from 'train', 'decode'"),
-    (["bench", "train", "--repeats", "x"], "dsv3 bench", "--repeats", "'x'", "int"),
+    (["bench", "train", "--repeats", "x"], "dsv3 bench train", "--repeats", "'x'", "int"),
     (["generate"], "dsv3 generate", "checkpoint"),
     (["generate", "a", "--top-k", "1.5"], "dsv3 generate", "--top-k", "'1.5'", "int"),
     (["generate", "a", "--temp", "1"], "dsv3 generate", "--temp"),

@@ -6,22 +6,32 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3_jax.config import RunConfig, apply_overrides, read_config
 from dsv3_jax.environment import restart_with_huge_pages, simulate_devices
+from dsv3_jax.serve.server.options import add_arguments as add_serve_arguments
 
 EXAMPLES = """examples:
   dsv3 train configs/demo.py --set train.steps=200
   dsv3 generate runs/demo --prompt 'def ' --temperature 0.8
+  dsv3 serve runs/demo --port 8000
   dsv3 import ~/DeepSeek-V3-tiny runs/imported
   dsv3 export runs/demo exported --weights float8_e4m3fn
   dsv3 bench train --config configs/bench_tiny.py --json
   dsv3 bench kernels --static --op mla_prefill
+  dsv3 bench serve http://127.0.0.1:8000 --rate 4 --requests 50
   dsv3 compile configs/v3_671b.py --gpu h800 --hosts 256 --dump compiled
-  dsv3 schedule dualpipe --stages 8 --micro-batches 20 --png schedule.png"""
+  dsv3 schedule dualpipe --stages 8 --micro-batches 20 --png schedule.png
+  dsv3 plan train configs/v3_671b.py --cluster h800_2048"""
 BENCH_CONFIG = "configs/bench_tiny.py"
+BENCHES = {
+    "train": "Training steps on this machine.",
+    "decode": "Decoding on this machine.",
+    "kernels": "The GPU kernels: on a Hopper GPU, or compiled for one that is not here.",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,9 +39,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options, allow_abbrev=False)
+        self.fill: Callable[[Parser], None] | None = None
+        """What adds the arguments, when they are first asked for."""
 
     def parse_known_args(self, args=None, namespace=None):
         """Refuses what it does not know itself, or a command's wrong flag would be `dsv3`'s."""
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -125,6 +140,9 @@ def parser() -> Parser:
         help="float32 (default), bfloat16, or float8_e4m3fn: weights and their products in FP8",
     )
 
+    serving = command("serve", run_serve, "Answer OpenAI's API, and a page to chat on, at a port.")
+    add_serve_arguments(serving)
+
     importing = command("import", run_import, "Make a run directory of a Hugging Face checkpoint.")
     importing.add_argument("source", help="a Hugging Face directory")
     importing.add_argument("target", help="the run directory to make, e.g. runs/imported")
@@ -139,21 +157,13 @@ def parser() -> Parser:
         help="(default bfloat16)",
     )
 
-    summary = "Measure training, decoding or the GPU kernels on this machine."
-    bench = command("bench", run_bench, summary)
-    bench.add_argument("what", choices=("train", "decode", "kernels"))
-    bench.add_argument("--config", help=f"of train and decode (default {BENCH_CONFIG})")
-    bench.add_argument("--batch-size", type=int, help="sequences (train: the config's; decode: 1)")
-    bench.add_argument("--repeats", type=int, default=7, help="timed repeats (default 7)")
-    bench.add_argument("--json", action="store_true", help="print one JSON object only")
-    bench.add_argument(
-        "--static", action="store_true", help="kernels: compile for an H800 that is not here"
-    )
-    bench.add_argument("--op", help="kernels: those of one op (default: of all)")
-    bench.add_argument(
-        "--write", type=Path, metavar="FILE", help="kernels, static: put the table into this file"
-    )
-    _add_set(bench)
+    bench = command("bench", run_bench, "Measure training, decoding, kernels or a server.")
+    benches = bench.add_subparsers(dest="what", required=True)
+    for what, summary in BENCHES.items():
+        _add_bench(benches.add_parser(what, help=summary, description=summary))
+    summary = "Ask a server for answers at a rate, and measure latency and throughput."
+    serving_bench = benches.add_parser("serve", help=summary, description=summary)
+    serving_bench.fill = _add_bench_serve
 
     schedule = command("schedule", run_schedule, "Draw a pipeline schedule and what it costs.")
     schedule.add_argument("name", help="1f1b, zb1p, dualpipe or dualpipev")
@@ -169,6 +179,9 @@ def parser() -> Parser:
     schedule.add_argument("--png", type=Path, metavar="FILE", help="draw it with its durations")
     schedule.add_argument("--json", action="store_true", help="print one JSON object only")
 
+    plan = command("plan", run_plan, "Predict time and cost on clusters that are not here.")
+    plan.fill = _add_plan
+
     compiling = command("compile", run_compile, "Compile a run's step for GPUs that are not here.")
     compiling.add_argument("config", help="a Python file with `def config() -> RunConfig`")
     compiling.add_argument("--gpu", required=True, help="h100, h200, h800 or b200")
@@ -177,6 +190,27 @@ def parser() -> Parser:
     compiling.add_argument("--json", action="store_true", help="print one JSON object only")
     _add_set(compiling)
     return top
+
+
+def _add_bench(bench: Parser) -> None:
+    bench.add_argument("--config", help=f"of train and decode (default {BENCH_CONFIG})")
+    bench.add_argument("--batch-size", type=int, help="sequences (train: the config's; decode: 1)")
+    bench.add_argument("--repeats", type=int, default=7, help="timed repeats (default 7)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object only")
+    bench.add_argument(
+        "--static", action="store_true", help="kernels: compile for an H800 that is not here"
+    )
+    bench.add_argument("--op", help="kernels: those of one op (default: of all)")
+    bench.add_argument(
+        "--write", type=Path, metavar="FILE", help="kernels, static: put the table into this file"
+    )
+    _add_set(bench)
+
+
+def _add_bench_serve(bench: Parser) -> None:
+    from dsv3_jax.plan.bench_serve import add_arguments
+
+    add_arguments(bench)
 
 
 def _add_set(command: Parser) -> None:
@@ -278,6 +312,41 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_serve(options: argparse.Namespace) -> int:
+    """`dsv3 serve`."""
+    from dsv3_jax.serve.server.command import run as serve
+
+    return serve(options, _load_to_serve)
+
+
+def _load_to_serve(path: Path, config: RunConfig):
+    """A checkpoint behind an engine that has not started."""
+    from dsv3_jax.data.tokenizer import load_tokenizer
+    from dsv3_jax.export.load import find_tokenizer, load, read_model_config
+    from dsv3_jax.serve.disaggregated.coordinator import Coordinator
+    from dsv3_jax.serve.engine import Engine
+    from dsv3_jax.serve.engine_thread import EngineThread
+    from dsv3_jax.serve.server.command import Loaded
+
+    file = find_tokenizer(path)
+    if file is None:
+        raise ValueError(f"{path} has no tokenizer.json, expected one to read prompts with")
+    model_config = read_model_config(path)
+    load_model = partial(load, path, dtype=config.serve.dtype)
+    if config.serve.disaggregated:  # each unit loads it
+        backend = Coordinator(model_config, config.serve, load_model)
+    else:
+        backend = EngineThread(Engine(load_model(), config.serve))
+    return Loaded(
+        backend=backend,
+        tokenizer=load_tokenizer(file, model_config.vocab_size),
+        directory=file.parent,
+        name=path.resolve().name,
+        vocab_size=model_config.vocab_size,
+        stop_tokens=model_config.end_tokens,
+    )
+
+
 def run_import(options: argparse.Namespace) -> int:
     """`dsv3 import`."""
     from dsv3_jax.export.load import import_hf
@@ -300,6 +369,10 @@ def run_export(options: argparse.Namespace) -> int:
 
 def run_bench(options: argparse.Namespace) -> int:
     """`dsv3 bench`."""
+    if options.what == "serve":
+        from dsv3_jax.plan.bench_serve import run as bench_serve
+
+        return bench_serve(options)
     if options.repeats < 1:
         raise ValueError(f"--repeats is {options.repeats}, expected at least 1")
     if options.batch_size is not None and options.batch_size < 1:
@@ -361,6 +434,19 @@ def run_compile(options: argparse.Namespace) -> int:
     report = analysis.report
     print(json.dumps(as_json(report)) if options.json else as_text(report).rstrip("\n"))
     return 0
+
+
+def _add_plan(plan: Parser) -> None:
+    from dsv3_jax.plan.planner_commands import add_arguments
+
+    add_arguments(plan)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """`dsv3 plan`."""
+    from dsv3_jax.plan.planner_commands import run
+
+    return run(options)
 
 
 def run_schedule(options: argparse.Namespace) -> int:

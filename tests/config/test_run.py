@@ -28,7 +28,7 @@ from dsv3_jax.config import (
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/*.py"))
-SECTIONS = ("model", "parallel", "data", "train", "optimizer", "loss", "precision")
+SECTIONS = ("model", "parallel", "data", "train", "optimizer", "loss", "precision", "serve")
 EXTENDED = RunConfig(model=ModelConfig(rope_scaling=YarnConfig(factor=40.0)))
 CONFIG_RULE = "a Python file with `def config() -> RunConfig`"
 

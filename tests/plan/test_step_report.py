@@ -11,6 +11,7 @@ import pytest
 
 from dsv3_jax.config import DataConfig, ParallelConfig, RunConfig, TrainConfig
 from dsv3_jax.model.accounting import count_flops
+from dsv3_jax.plan.compiled_work import read_report
 from dsv3_jax.plan.hardware import find_gpu
 from dsv3_jax.plan.step_report import balanced_trips, check_hosts, model_flops_per_gpu
 
@@ -47,6 +48,8 @@ def test_a_run_s_step_is_compiled_and_reported(tmp_path):
     assert 0 < report["predicted_step_seconds"] < 1
     assert (tmp_path / "dump" / "step.hlo.txt").read_text().startswith("HloModule")
     assert "<svg" in (tmp_path / "dump" / "report.html").read_text()
+    read = read_report(tmp_path / "dump")
+    assert read.flops_per_gpu == report["compiled_flops_per_gpu"]
 
 
 @pytest.mark.slow

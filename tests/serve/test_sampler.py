@@ -7,7 +7,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dsv3_jax.serve.sampler import SamplingParams, keep_most_likely, sample
+from dsv3_jax.serve.sampler import (
+    RowParams,
+    SamplingParams,
+    keep_most_likely,
+    keep_most_likely_rows,
+    sample,
+    sample_rows,
+)
 
 VOCAB = 9
 DISTINCT = st.lists(st.integers(-60, 60), min_size=VOCAB, max_size=VOCAB, unique=True)
@@ -52,6 +59,52 @@ def test_filters_keep_what_brute_force_keeps(logits, top_k, top_p):
     expected, margin = brute_force(logits, top_k, top_p)
     assume(margin > 1e-5)
     assert kept_tokens(logits, top_k, top_p) == expected
+
+
+SHARES = st.one_of(st.just(1.0), st.floats(0.01, 1.0))
+ROWS = st.lists(
+    st.tuples(DISTINCT, st.integers(0, VOCAB + 3), SHARES, st.sampled_from([0.0, 0.05, 0.5])),
+    min_size=3,
+    max_size=3,
+)
+
+
+def row_params(top_k, top_p, min_p, temperature=1.0, seed=0) -> RowParams:
+    count = len(top_k)
+    return RowParams(
+        jnp.full((count,), temperature, jnp.float32),
+        jnp.asarray(top_k, jnp.int32),
+        jnp.asarray(top_p, jnp.float32),
+        jnp.asarray(min_p, jnp.float32),
+        jax.random.split(jax.random.key(seed), count),
+    )
+
+
+@given(ROWS)
+def test_each_row_has_its_own_filters(rows):
+    """Brute force, then without what is less likely than min_p times the most likely."""
+    logits = [[value / 10 for value in row[0]] for row in rows]
+    found = keep_most_likely_rows(
+        jnp.asarray(logits, jnp.float32), row_params(*zip(*(row[1:] for row in rows), strict=True))
+    )
+    for row, (_, top_k, top_p, min_p), of_row in zip(logits, rows, found, strict=True):
+        kept, margin = brute_force(row, top_k, top_p)
+        assume(margin > 1e-5)
+        weights = probabilities(row)
+        assume(np.min(np.abs(weights - min_p * weights.max())) > 1e-6)
+        expected = {token for token in kept if weights[token] >= min_p * weights.max()}
+        assert set(np.flatnonzero(np.isfinite(of_row))) == expected
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.7), (4, 0.8)])
+def test_rows_draw_what_a_batch_of_its_own_draws(top_k, top_p):
+    """`sample` with the same key, which `generate` uses."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(40, VOCAB)), jnp.float32)
+    rows = row_params([top_k] * 40, [top_p] * 40, [0.0] * 40, temperature=0.8, seed=4)
+    made = jnp.arange(40, dtype=jnp.int32)
+    params = SamplingParams(temperature=0.8, top_k=top_k, top_p=top_p)
+    expected = sample(logits, jax.vmap(jax.random.fold_in)(rows.keys, made), params)
+    np.testing.assert_array_equal(sample_rows(logits, made, rows), expected)
 
 
 @given(logits=TYING, top_k=st.integers(1, VOCAB), top_p=st.floats(0.01, 0.99))

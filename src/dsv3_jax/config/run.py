@@ -11,6 +11,7 @@ from typing import Any
 from dsv3_jax.config.checks import require
 from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.parallel import ParallelConfig
+from dsv3_jax.config.serving import ServeConfig
 from dsv3_jax.config.training import (
     DataConfig,
     LossConfig,
@@ -25,7 +26,7 @@ TILE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One training run. Layers and stages receive only their own section."""
+    """One run, of a training or a server. Layers and stages receive only their own section."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -34,6 +35,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self):
         require(

@@ -20,13 +20,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.cache import NewTokens, Pool, write
+from dsv3_jax.model.chunked_attention import attend_to_cache
 from dsv3_jax.model.linear import Linear, plain, product_of
 from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
 from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.quant.recipe import Recipe
-from dsv3_kernels.mla_decode.op import mla_decode_rows
+from dsv3_kernels.mla_decode.op import mla_decode, mla_decode_rows
 from dsv3_kernels.mla_prefill.op import mla_prefill, with_gradients
+from dsv3_kernels.target import is_hopper
+
+KERNEL_QUERIES = 4
+"""New tokens of a request that the Hopper kernel of the absorbed form takes."""
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -102,14 +108,67 @@ class MultiHeadLatentAttention(nnx.Module):
         The cache already holds the queries' own latents (from `compress`); their positions follow
         one another.
         """
+        lengths, v_dim = positions[:, -1] + 1, self.config.kv_lora_rank
+
+        def attend(q: Float[Array, "batch queries heads latent"]):
+            return mla_decode_rows(q, cache, lengths, self.scale, v_dim=v_dim)[0]
+
+        return self._absorbed(x, rotary, attend)
+
+    def extend(
+        self,
+        x: Float[Array, "batch queries hidden"],
+        rotary: Rotary,
+        pool: Pool,
+        new: NewTokens,
+        first_page: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "batch queries hidden"], Pool]:
+        """New tokens of some requests attend to all of their cached tokens, themselves included:
+        the output, and the pool with their latents in the layer's pages from `first_page` on."""
+        v_dim = self.config.kv_lora_rank
+        pool = write(pool, self.compress(x, rotary), new, first_page, v_dim)
+        new = new._replace(table=new.table + first_page)
+        if x.shape[1] > (KERNEL_QUERIES if is_hopper() else self._break_even):
+            return self._attend_chunk(x, rotary, pool, new), pool
+
+        def attend(q: Float[Array, "batch queries heads latent"]):
+            pages = pool if pool.dtype == jnp.uint8 else pool.astype(q.dtype)
+            return mla_decode(q, pages, new.table, new.lengths, self.scale, v_dim=v_dim)[0]
+
+        return self._absorbed(x, rotary, attend), pool
+
+    @property
+    def _break_even(self) -> int:
+        """New tokens of a request beyond which expanding a cached token costs less FLOPs than
+        attending to it unexpanded: 170 for DeepSeek-V3."""
+        c = self.config
+        expanded_dim = c.qk_nope_head_dim + c.v_head_dim
+        more_a_pair = 2 * c.kv_lora_rank - expanded_dim
+        return c.kv_lora_rank * expanded_dim // more_a_pair if more_a_pair > 0 else 2**31
+
+    def _absorbed(
+        self, x: Float[Array, "batch queries hidden"], rotary: Rotary, attend: Callable
+    ) -> Float[Array, "batch queries hidden"]:
+        """`attend` takes the queries as the cache's rows are, and gives their mixed latents."""
         c, heads = self.config, self.config.num_attention_heads
         q_nope, q_rope = self._queries(self._query_input(x), rotary)
         up = plain(self.kv_b_proj.weight[...], x.dtype).reshape(heads, -1, c.kv_lora_rank)
         w_uk, w_uv = up[:, : c.qk_nope_head_dim], up[:, c.qk_nope_head_dim :]
         q_latent = jnp.concatenate([jnp.einsum("bqhn,hnr->bqhr", q_nope, w_uk), q_rope], axis=-1)
-        lengths, v_dim = positions[:, -1] + 1, c.kv_lora_rank
-        mixed, _ = mla_decode_rows(q_latent, cache, lengths, self.scale, v_dim=v_dim)
-        out = jnp.einsum("bqhr,hvr->bqhv", mixed, w_uv)
+        out = jnp.einsum("bqhr,hvr->bqhv", attend(q_latent), w_uv)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+    def _attend_chunk(
+        self, x: Float[Array, "batch queries hidden"], rotary: Rotary, pool: Pool, new: NewTokens
+    ) -> Float[Array, "batch queries hidden"]:
+        """The expanded form, for many new tokens."""
+        heads, latent_dim = self.config.num_attention_heads, self.config.kv_lora_rank
+
+        def expand(latents: Float[Array, "batch tokens rank"]):
+            return self.kv_b_proj(latents).reshape(*latents.shape[:2], heads, -1)
+
+        queries = self._queries(self._query_input(x), rotary)
+        out = attend_to_cache(*queries, expand, pool, new, scale=self.scale, latent_dim=latent_dim)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
     def _query_input(

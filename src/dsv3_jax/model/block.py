@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import MultiHeadLatentAttention
+from dsv3_jax.model.cache import NewTokens, Pool
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.norm import RMSNorm
@@ -159,13 +160,29 @@ class Block(nnx.Module):
         rows = jnp.arange(x.shape[0])[:, None]
         cache = cache.at[rows, positions].set(latent.astype(cache.dtype))
         x = x + self.self_attn.decode(normed, rotary, cache, positions)
-        return x + self._feed_forward(x), cache
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed)[0] if self.routed else self.mlp(normed)), cache
 
-    def _feed_forward(
-        self, x: Float[Array, "batch queries hidden"]
-    ) -> Float[Array, "batch queries hidden"]:
-        normed = self.recompute_norm(self.post_attention_layernorm)(x)
-        return self.mlp(normed)[0] if self.routed else self.mlp(normed)
+    def extend(
+        self,
+        x: Float[Array, "batch queries hidden"],
+        rotary: Rotary,
+        pool: Pool,
+        new: NewTokens,
+        first_page: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "batch queries hidden"], Pool, Float[Array, " experts"] | None]:
+        """The output for new tokens of some requests, the pool with their latents, and (MoE only)
+        how many of them went to each expert."""
+        with jax.named_scope("attention"):
+            normed = self.input_layernorm(x)
+            attended, pool = self.self_attn.extend(normed, rotary, pool, new, first_page)
+        x = x + attended
+        normed = self.post_attention_layernorm(x)
+        if not self.routed:
+            with jax.named_scope("dense_mlp"):
+                return x + self.mlp(normed), pool, None
+        y, load = self.mlp.serve(normed, new.valid)
+        return x + y, pool, load
 
 
 class BlockState(NamedTuple):

@@ -6,15 +6,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.experts import Experts
 from dsv3_jax.model.mlp import MLP
-from dsv3_jax.model.router import LoadStatistics, Router, Routing, load_statistics
+from dsv3_jax.model.router import (
+    LoadStatistics,
+    Router,
+    Routing,
+    expert_load,
+    load_statistics,
+)
 from dsv3_jax.parallel.dispatch import Dispatcher, Sent
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
+
+NO_EXPERT = -1
+"""In place of an expert: a pair that is computed nowhere."""
 
 
 class MoE(nnx.Module):
@@ -55,6 +64,19 @@ class MoE(nnx.Module):
         sent, parameters = self.dispatch(x, routing, tape)
         sent, shared = self.compute(x, sent, parameters, tape)
         return self.combine(sent, shared, parameters), statistics
+
+    def serve(
+        self, x: Float[Array, "batch seq hidden"], valid: Bool[Array, "batch seq"]
+    ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, " experts"]]:
+        """The output, and how many of the `valid` tokens went to each expert; the others go to
+        none and come out as what the shared experts make of them."""
+        with jax.named_scope("router"):
+            routing = self.gate(x.reshape(-1, x.shape[-1]))
+            experts = jnp.where(valid.reshape(-1, 1), routing.experts, NO_EXPERT)
+        sent, parameters = self.dispatch(x, routing._replace(experts=experts), AUTODIFF)
+        sent, shared = self.compute(x, sent, parameters, AUTODIFF)
+        load = expert_load(experts, self.config.n_routed_experts)
+        return self.combine(sent, shared, parameters), load
 
     # The parts, between which a pipeline has another micro-batch's parts done
 

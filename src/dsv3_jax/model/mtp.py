@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, Recompute
+from dsv3_jax.model.cache import NewTokens, Pool
 from dsv3_jax.model.linear import Linear
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary
@@ -77,6 +78,21 @@ class MultiTokenPredictor(nnx.Module):
             x, _, statistics = self.block(x, rotary, documents, valid, tape)
             assert statistics is not None  # the block is routed
             return self.shared_head.norm(x), statistics
+
+    def extend(
+        self,
+        hidden: Float[Array, "batch queries hidden"],
+        embedded: Float[Array, "batch queries hidden"],
+        rotary: Rotary,
+        pool: Pool,
+        new: NewTokens,
+        first_page: int,
+    ) -> tuple[Float[Array, "batch queries hidden"], Pool]:
+        """The same for new tokens of some requests, whose earlier ones are in the paged cache."""
+        with jax.named_scope("mtp"):
+            x = self.join(hidden, embedded, AUTODIFF)
+            x, pool, _ = self.block.extend(x, rotary, pool, new, first_page)
+            return self.shared_head.norm(x), pool
 
     def join(
         self,

@@ -107,6 +107,11 @@ def load_statistics(
     return LoadStatistics(load, jnp.mean(jnp.sum(f * p, axis=-1)))
 
 
+def expert_load(experts: Int[Array, "tokens top_k"], num_experts: int) -> Float[Array, " experts"]:
+    """How often each expert was chosen; a negative number is none."""
+    return _counts(experts[None], num_experts)[0]
+
+
 def _counts(
     experts: Int[Array, "batch seq top_k"], num_experts: int
 ) -> Float[Array, "batch experts"]:

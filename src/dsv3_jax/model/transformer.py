@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import RECOMPUTE, Block
+from dsv3_jax.model.cache import NewTokens, Pool
 from dsv3_jax.model.linear import Embedding, Linear, linear
 from dsv3_jax.model.mtp import MultiTokenPredictor
 from dsv3_jax.model.norm import RMSNorm
@@ -205,6 +206,64 @@ class Transformer(nnx.Module):
             caches.append(updated)
             first += count
         return self.norm(x), jnp.concatenate(caches)
+
+    def extend(
+        self,
+        tokens: Int[Array, "batch queries"],
+        pool: Pool,
+        new: NewTokens,
+        layers: list[Block] | None = None,
+    ) -> tuple[
+        Float[Array, "batch queries hidden"], Pool, Float[Array, "moe_layers experts"] | None
+    ]:
+        """Normed hidden states of new tokens of some requests, the paged cache with them added, and
+        how many of them went to each expert (None without MoE layers).
+
+        `layers` as in `decode`. The pool has the main model's layers first, then the MTP modules'.
+        """
+        angles, pages = rotary(self.config, new.positions), self.pages_per_layer(pool)
+        x, loads = self.embed(tokens), []
+        if layers is not None:
+            for index, layer in enumerate(layers):
+                x, pool, load = layer.extend(x, angles, pool, new, index * pages)
+                loads += [] if load is None else [load[None]]
+        else:
+
+            def step(block: Block, carry, first_page):
+                x, pool, load = block.extend(carry[0], angles, carry[1], new, first_page)
+                return (x, pool), load
+
+            first = 0
+            for name, count in self._stacks():
+                first_pages = (first + jnp.arange(count)) * pages
+                (x, pool), load = self._run(step, name, count, (x, pool), first_pages)
+                loads += [] if load is None else [load]
+                first += count
+        return self.norm(x), pool, jnp.concatenate(loads) if loads else None
+
+    def extend_mtp(
+        self,
+        hidden: Float[Array, "batch queries hidden"],
+        next_tokens: Int[Array, "batch queries"],
+        pool: Pool,
+        new: NewTokens,
+        module: MultiTokenPredictor | None = None,
+    ) -> tuple[Float[Array, "batch queries hidden"], Pool]:
+        """The first MTP module's hidden states, of which the head makes guesses two tokens ahead,
+        from the main model's and the tokens one ahead; its cache is extended as the model's is."""
+        module = self.layers("mtp")[0] if module is None else module
+        first_page = self.config.num_hidden_layers * self.pages_per_layer(pool)
+        angles = rotary(self.config, new.positions)
+        return module.extend(hidden, self.embed(next_tokens), angles, pool, new, first_page)
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers that have pages in the cache: the main model's and the first MTP module's."""
+        return self.config.num_hidden_layers + min(self.config.num_nextn_predict_layers, 1)
+
+    def pages_per_layer(self, pool: Pool) -> int:
+        """Pages of each layer in the cache."""
+        return pool.shape[0] // self.cached_layers
 
     def unstacked_layers(self) -> list[Block]:
         """The main model's layers in order, each with its own arrays (a second set of weights)."""

@@ -1,6 +1,6 @@
 """A compiled step's own FLOPs and bytes in the place of the planner's closed forms. Imports no JAX.
 
-`dsv3 compile CONFIG --json > report.json` counts what XLA's program does, recomputation and padding
+`dsv3 compile CONFIG --dump DIR` counts what XLA's program does, recomputation and padding
 included. The planner's times of computation and of experts' rows are prolonged by how much more
 that is than the closed forms say.
 """
@@ -36,7 +36,11 @@ class CompiledWork:
 
 
 def read_report(path: Path) -> CompiledWork:
-    """The report that `dsv3 compile --json` printed into `path`. ValueError if it is none."""
+    """The report of `dsv3 compile`: what `--json` printed into a file, or what `--dump` wrote.
+
+    ValueError if it is none.
+    """
+    path = path / "report.json" if path.is_dir() else path
     require(path.is_file(), "--compiled", str(path), "a file of `dsv3 compile --json`")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

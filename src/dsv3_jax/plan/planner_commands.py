@@ -109,7 +109,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         "--imbalance", type=float, default=1, help="busiest GPU's rows over the mean (default 1)"
     )
     command.add_argument(
-        "--compiled", type=Path, metavar="FILE", help="what `dsv3 compile --json` printed of it"
+        "--compiled", type=Path, metavar="DIR", help="what `dsv3 compile --dump` wrote of it"
     )
     _add_outputs(command)
 

@@ -6,6 +6,7 @@ from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.serve.generate import check_prompts, stream
 from dsv3_jax.serve.sampler import SamplingParams
+from dsv3_jax.serve.stops import StopFinder
 
 STREAM_STEPS = 4
 """Tokens between two pieces of text."""
@@ -50,23 +51,11 @@ def until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
     >>> list(until_stop(iter(["one tw", "o three"]), ["two"]))
     ['one ']
     """
-    held = ""
+    finder = StopFinder(stop)
     for piece in pieces:
-        held += piece
-        found = [at for at in (held.find(text) for text in stop) if at >= 0]
-        if found:
-            if min(found):
-                yield held[: min(found)]
+        if text := finder.push(piece):
+            yield text
+        if finder.found:
             return
-        keep = max((_overlap(held, text) for text in stop), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    if text := finder.finish():
+        yield text

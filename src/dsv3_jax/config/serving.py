@@ -1,0 +1,84 @@
+"""The serve section: how many requests at a time, what is kept of them, and who may ask."""
+
+from dataclasses import dataclass
+
+from dsv3_jax.config.checks import require, require_at_least, require_one_of, require_types
+
+CACHE_DTYPES = ("fp32", "bf16", "fp8")
+MODEL_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """A server of one checkpoint; sizes are those of each device of the mesh.
+
+    `slots` requests are decoded together, each of at most `max_seq_len` tokens, prompt and answer
+    (None: the model's `max_position_embeddings`). The latent cache is `pages` of `page_size` tokens
+    (None: enough for all slots at their longest); with `prefix_cache` pages of finished requests
+    wait for a prompt that begins alike, and up to `host_pages` more in host memory. `cache_dtype`
+    is fp32, bf16, or fp8, 656 bytes a token and layer for DeepSeek-V3 (None: the model's own).
+    A prompt is read `prefill_chunk` tokens at a time, less while others decode. `decode_steps`
+    tokens are made between two looks at what has arrived. `speculative` drafts with the MTP module,
+    where there is one and it pays.
+
+    `disaggregated` gives prefill and decode a process each (`prefill_units`, `decode_units`).
+
+    `api_keys_file` has the hashes of the keys that may ask, and their budgets; None lets anyone.
+    Beyond `max_queue` waiting requests the next gets 429; so does one that would push the p95 of
+    the time to first token over `slo_ttft_seconds` or of the time per token over
+    `slo_tpot_seconds` (None: no such target). A request that takes longer than
+    `deadline_seconds` is ended. `drain_seconds` is how long SIGTERM waits for those that run.
+    """
+
+    slots: int = 16
+    pages: int | None = None
+    page_size: int = 64
+    max_seq_len: int | None = None
+    prefill_chunk: int = 256
+    decode_steps: int = 4
+    cache_dtype: str | None = None
+    dtype: str = "float32"
+    prefix_cache: bool = True
+    host_pages: int = 0
+    speculative: bool = True
+    disaggregated: bool = False
+    prefill_units: int = 1
+    decode_units: int = 1
+    api_keys_file: str | None = None
+    max_queue: int = 256
+    max_body_bytes: int = 2**20
+    slo_ttft_seconds: float | None = None
+    slo_tpot_seconds: float | None = None
+    deadline_seconds: float = 600.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self):
+        require_types("serve", self)
+        sizes = ("slots", "page_size", "prefill_chunk", "decode_steps", "max_body_bytes")
+        require_at_least("serve", self, 1, *sizes, "prefill_units", "decode_units")
+        require_at_least("serve", self, 0, "host_pages", "max_queue", "drain_seconds")
+        require(self.page_size % 8 == 0, "serve.page_size", self.page_size, "a multiple of 8")
+        for name in ("pages", "max_seq_len"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"serve.{name}", value, "None or at least 1")
+        for name in ("slo_ttft_seconds", "slo_tpot_seconds"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"serve.{name}", value, "None or a positive number")
+        require(
+            self.deadline_seconds > 0, "serve.deadline_seconds", self.deadline_seconds, "over 0"
+        )
+        if self.cache_dtype is not None:
+            require_one_of("serve.cache_dtype", self.cache_dtype, *CACHE_DTYPES)
+        require_one_of("serve.dtype", self.dtype, *MODEL_DTYPES)
+
+    def longest(self, max_position_embeddings: int) -> int:
+        """Tokens of the longest request: `max_seq_len`, or what the model takes."""
+        return self.max_seq_len or max_position_embeddings
+
+    def pages_per_request(self, max_position_embeddings: int) -> int:
+        """Pages of the longest request."""
+        return -(-self.longest(max_position_embeddings) // self.page_size)
+
+    def num_pages(self, max_position_embeddings: int) -> int:
+        """`pages`, or enough for all slots."""
+        return self.pages or self.slots * self.pages_per_request(max_position_embeddings)
