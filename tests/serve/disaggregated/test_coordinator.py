@@ -23,6 +23,8 @@ from tests.serve.disaggregated.tiny import (
     random_requests,
 )
 
+pytestmark = pytest.mark.xdist_group("units")  # the same processes for all
+
 
 class Deliveries:
     """What a backend has delivered so far; no request ends twice, nor goes on after its end."""
