@@ -25,7 +25,7 @@ from tests.serve.disaggregated.tiny import (
 
 pytestmark = pytest.mark.xdist_group("units")  # the same processes for all
 SOON = 30
-"""Seconds within which an affected request has ended; 10 is the aim, where other tests leave room."""
+"""Seconds until an affected request has ended; 10 is the aim, where other tests leave room."""
 
 
 class Deliveries:
