@@ -17,8 +17,6 @@ from dsv3_jax.export.huggingface import save_hf
 from dsv3_jax.serve.generate import generate
 from tests.serve.disaggregated.tiny import CONFIG, make_model
 
-pytestmark = pytest.mark.xdist_group("units")  # the same processes for all
-
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = ("disaggregated=true", "slots=2", "page_size=8", "prefill_chunk=8", "drain_seconds=20")
 PROMPT = [5, 7, 300, 11, 5, 7, 300, 12, 13, 14]

@@ -23,7 +23,6 @@ from tests.serve.disaggregated.tiny import (
     random_requests,
 )
 
-pytestmark = pytest.mark.xdist_group("units")  # the same processes for all
 SOON = 30
 """Seconds until an affected request has ended; 10 is the aim, where other tests leave room."""
 

@@ -17,7 +17,7 @@ from tests.model.weights import build_transformer, model_config
 from tests.oracle import random_weights
 from tests.oracle.cases import tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("served")]  # one server for all
+pytestmark = pytest.mark.slow
 CHAT = [{"role": "user", "content": "the model?"}]
 SETTINGS = ("serve.slots=4", "serve.max_seq_len=192", "serve.page_size=8", "serve.prefill_chunk=32")
 
