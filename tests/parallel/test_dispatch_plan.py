@@ -159,6 +159,6 @@ def test_slots_hold_an_eighth_more_than_the_mean_load(tokens, top_k, experts):
 
 def test_few_tokens_overflow_only_where_an_expert_has_four_times_the_mean():
     for tokens in range(1, 33):
-        assert choose_capacity(tokens, 8, 8, tokens) == tokens
+        assert choose_capacity(tokens, 2, 31, 8 * tokens) == 8 * tokens  # of few experts all
         capacity = choose_capacity(tokens, 4, 32, tokens)
         assert capacity == min(tokens, max(8, -(-tokens * 4 * 4 // 32)))

@@ -20,7 +20,9 @@ from dsv3_kernels.permute.plan import NOTHING
 
 MAX_BLOCK = 128
 SMALL_BATCH = 32
-"""Up to this many tokens, as in decoding, the slots hold four times the mean load."""
+"""Up to this many tokens, as in decoding, the slots hold four times the mean load; of fewer experts
+than `MANY_EXPERTS` every possible pair: it costs little, and an overflow cannot happen."""
+MANY_EXPERTS = 32
 
 
 class DispatchPlan(NamedTuple):
@@ -43,14 +45,14 @@ class DispatchPlan(NamedTuple):
 
 def choose_capacity(tokens: int, top_k: int, num_experts: int, rows: int) -> int:
     """Slots for each expert: 1.125 times the mean load for many tokens; for few, whose loads differ
-    more, four times, and no less than 8.
+    more, four times, and no less than 8, or all.
 
     `tokens` and `num_experts` are a device's own, where the others have as many; `rows` are what
     could come to one expert, from all devices.
     """
     mean = tokens * top_k / num_experts
     if tokens <= SMALL_BATCH:
-        return min(rows, max(8, math.ceil(4 * mean)))
+        return rows if num_experts < MANY_EXPERTS else min(rows, max(8, math.ceil(4 * mean)))
     return min(rows, -(-int(1.125 * mean + 1) // 8) * 8)
 
 
