@@ -68,11 +68,12 @@ def relative_error(found, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("queries", [1, 2, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_equals_float64(dtype, queries):
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_equals_float64(implementation, dtype, queries):
     pages, table = cache(LENGTHS, 9)
     q, pages = (jnp.asarray(x, dtype) for x in (queries_of(len(LENGTHS), queries, 9), pages))
-    lengths = jnp.asarray(LENGTHS)
-    out, lse = mla_decode(q, pages, jnp.asarray(table), lengths, SCALE, v_dim=V_DIM)
+    lengths, options = jnp.asarray(LENGTHS), dict(v_dim=V_DIM, implementation=implementation)
+    out, lse = mla_decode(q, pages, jnp.asarray(table), lengths, SCALE, **options)
     q, pages = (np.asarray(x, np.float64) for x in (q, pages))
     expected = attention(q, pages, table, LENGTHS)
     assert out.dtype == dtype and lse.dtype == jnp.float32
@@ -80,6 +81,21 @@ def test_equals_float64(dtype, queries):
     assert relative_error(lse, expected[1]) <= LARGEST_ERROR["float32"]
     idle = LENGTHS.index(0)
     assert not np.any(np.asarray(out[idle], np.float32)) and np.all(np.isneginf(lse[idle]))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_pages_may_be_narrower_than_queries(implementation):
+    """As exact as the same values in the queries' dtype."""
+    pages, table = cache(LENGTHS, 9)
+    narrow = jnp.asarray(pages, jnp.bfloat16)
+    q = jnp.asarray(queries_of(len(LENGTHS), 2, 9), jnp.float32)
+    arrays = jnp.asarray(table), jnp.asarray(LENGTHS)
+    options = dict(v_dim=V_DIM, implementation=implementation)
+    out, lse = mla_decode(q, narrow, *arrays, SCALE, **options)
+    expected = attention(np.asarray(q, np.float64), np.asarray(narrow, np.float64), table, LENGTHS)
+    assert out.dtype == jnp.float32
+    assert relative_error(out, expected[0]) <= LARGEST_ERROR["float32"]
+    assert relative_error(lse, expected[1]) <= LARGEST_ERROR["float32"]
 
 
 def test_rows_side_by_side_are_pages_in_their_order():
@@ -216,7 +232,7 @@ def test_errors():
         implementation="triton",
     )
     rejects("v_dim is 10, expected 1 to 9", v_dim=10)
-    rejects("pages is bfloat16, expected float32 as q, or uint8", pages=pages.astype("bfloat16"))
+    rejects("pages is int32, expected floating point, or uint8", pages=pages.astype("int32"))
     rejects(r"pages is \[5, 4, 8\], expected \[pages, page_size, 9\]", pages=pages[..., :8])
     packed = jnp.zeros((5, 4, 9), jnp.uint8)
     rejects(r"pages is \[5, 4, 9\], expected \[pages, page_size, 16\]", pages=packed)

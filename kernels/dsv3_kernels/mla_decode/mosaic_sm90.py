@@ -116,6 +116,8 @@ def unsupported(
     """Why the kernels will not take these (only shapes and dtypes are looked at), or ''."""
     if q.dtype != jnp.bfloat16:
         return f"q is {q.dtype}, expected bfloat16"
+    if pages.dtype not in (jnp.bfloat16, jnp.uint8):
+        return f"pages is {pages.dtype}, expected bfloat16 or uint8"
     if (found := (q.shape[-1], v_dim)) != (QK_DIM, V_DIM):
         return f"qk_dim and v_dim are {found}, expected {(QK_DIM, V_DIM)}"
     if pages.shape[1] != BLOCK:

@@ -2,7 +2,8 @@
 
 q           [batch, queries, heads, qk_dim]    absorbed: of each head [q_nope W_UK ; q_rope]
 pages       [pages, page_size, qk_dim]         of each token [latent ; rotary key], or
-            [pages, page_size, row_bytes]      uint8: the same in 8 bits, see `pack_fp8`
+            [pages, page_size, row_bytes]      uint8: the same in 8 bits, see `pack_fp8`; computed
+                                               with in q's dtype, whatever the pages have
 page_table  [batch, max_pages]                 token t is in page page_table[b, t // page_size]
 lengths     [batch]                            tokens cached, with those of the queries
 
@@ -135,8 +136,8 @@ def _check(
     if not 0 < v_dim <= qk_dim:
         raise ValueError(f"v_dim is {v_dim}, expected 1 to {qk_dim}, the qk_dim of q")
     is_packed = pages.dtype == jnp.uint8
-    if not is_packed and pages.dtype != q.dtype:
-        raise ValueError(f"pages is {pages.dtype}, expected {q.dtype} as q, or uint8")
+    if not is_packed and not jnp.issubdtype(pages.dtype, jnp.floating):
+        raise ValueError(f"pages is {pages.dtype}, expected floating point, or uint8")
     row = packed_bytes(qk_dim, v_dim) if is_packed else qk_dim
     if pages.shape[-1] != row:
         expected = f"[pages, page_size, {row}] as q is {list(q.shape)} and v_dim {v_dim}"

@@ -46,7 +46,7 @@ def attend(
     keys = gather(pages, page_table, lengths)
     if keys.dtype == jnp.uint8:
         keys = unpack_fp8(keys, q.dtype, v_dim=v_dim)
-    return attend_rows(q, keys, lengths, scale, v_dim=v_dim)
+    return attend_rows(q, keys.astype(q.dtype), lengths, scale, v_dim=v_dim)
 
 
 def attend_rows(

@@ -43,6 +43,7 @@ def attend(
         keys = gather(pages, table, lengths - first)
         if keys.dtype == jnp.uint8:
             keys = unpack_fp8(keys, q.dtype, v_dim=v_dim)
+        keys = keys.astype(q.dtype)
         tokens = first + jnp.arange(block, dtype=lengths.dtype)
         visible = (tokens <= last[..., None])[:, :, None]
         x = (scale * LOG2_E) * _product("bqhd,bkd->bqhk", q, keys)

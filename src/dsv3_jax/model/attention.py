@@ -132,8 +132,7 @@ class MultiHeadLatentAttention(nnx.Module):
             return self._attend_chunk(x, rotary, pool, new), pool
 
         def attend(q: Float[Array, "batch queries heads latent"]):
-            pages = pool if pool.dtype == jnp.uint8 else pool.astype(q.dtype)
-            return mla_decode(q, pages, new.table, new.lengths, self.scale, v_dim=v_dim)[0]
+            return mla_decode(q, pool, new.table, new.lengths, self.scale, v_dim=v_dim)[0]
 
         return self._absorbed(x, rotary, attend), pool
 
