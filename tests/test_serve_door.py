@@ -27,3 +27,11 @@ def test_what_is_wrong_is_exit_code_2_and_one_line():
     assert (door.returncode, door.stdout) == (2, "")
     [line] = door.stderr.splitlines()
     assert line.startswith("dsv3 serve: argument --port: invalid int value: 'eighty'")
+
+
+def test_only_the_servers_own_fields_can_be_set():
+    """Not those that would be ignored."""
+    for setting in ("parallel.gpu=4", "model.hidden_size=64"):
+        door = call("serve.py", "runs/demo", "--set", "serve.slots=2", "--set", setting)
+        expected = f"dsv3 serve: --set is '{setting}', expected serve.field=value\n"
+        assert (door.returncode, door.stderr) == (2, expected)

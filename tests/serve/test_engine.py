@@ -16,29 +16,8 @@ from dsv3_jax.serve.engine_thread import EngineThread
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.serve.request import Output, Request, SamplingParams
 from tests.programs import QUICK, quick_jit
+from tests.serve.disaggregated.tiny import WHOLE as CONFIG
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=None,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    num_nextn_predict_layers=1,
-    max_position_embeddings=96,
-    initializer_range=0.2,  # so that choices are not close calls
-    eos_token_id=None,
-)
 SERVE = ServeConfig(slots=4, page_size=8, prefill_chunk=32, decode_steps=2, max_seq_len=96)
 MOST_TOKENS = 40
 
@@ -158,12 +137,12 @@ def test_a_wrong_latent_would_be_seen(model, engine):
     engine.step()
     (sequence,) = engine.scheduler.sequences
     pages = sequence.holding.pages[:2]
-    content = engine.runner.read_pages(0, pages)
-    engine.runner.write_pages(0, pages, np.zeros_like(content))
+    content = engine.runner.read_pages(pages)
+    engine.runner.write_pages(pages, np.zeros_like(content))
     tokens = []
     while engine.has_work:
         tokens += [t for output in engine.step() for t in output.tokens]
-    engine.runner.write_pages(0, pages, content)  # kept pages go on being what they say
+    engine.runner.write_pages(pages, content)  # kept pages go on being what they say
     assert tokens != good[-len(tokens) :]
 
 

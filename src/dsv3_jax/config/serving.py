@@ -10,7 +10,7 @@ MODEL_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """A server of one checkpoint; sizes are those of each device of the mesh.
+    """A server of one checkpoint, on one device.
 
     `slots` requests are decoded together, each of at most `max_seq_len` tokens, prompt and answer
     (None: the model's `max_position_embeddings`). The latent cache is `pages` of `page_size` tokens

@@ -66,16 +66,13 @@ class Engine:
         self.config, self.serve, self.max_seq_len = config, serve, longest
         guesses = serve.speculative and config.num_nextn_predict_layers > 0
         self.runner = Runner(model, serve, guesses=guesses, compiler_options=compiler_options)
-        pools = [
-            PagePool(
-                self.runner.pages,
-                serve.page_size,
-                keeps_prefixes=serve.prefix_cache,
-                host_pages=serve.host_pages,
-            )
-            for _ in range(self.runner.devices)
-        ]
-        self.scheduler = Scheduler(pools, serve.slots, longest)
+        pool = PagePool(
+            self.runner.pages,
+            serve.page_size,
+            keeps_prefixes=serve.prefix_cache,
+            host_pages=serve.host_pages,
+        )
+        self.scheduler = Scheduler([pool], serve.slots, longest)
         self._decode_sizes = _sizes(serve.slots)
         self._chunk_shapes = _chunk_shapes(serve.prefill_chunk, longest)
         self._guess: dict[str, int] = {}
@@ -187,18 +184,21 @@ class Engine:
             return
         is_decoding = len(left) < len(sequences)
         rows, tokens = self._choose_shape(left, is_decoding)
-        plan = self.scheduler.chunks(tokens, rows)
-        self.runner.move(self.scheduler.take_moves())
+        (chunks,) = self.scheduler.chunks(tokens, rows)
+        self._move_pages()
         arrays = self.runner.empty_chunks(rows, tokens)
-        for device, chunks in enumerate(plan):
-            for index, chunk in enumerate(chunks):
-                self._fill_chunk(arrays, device * rows + index, chunk)
+        for row, chunk in enumerate(chunks):
+            self._fill_chunk(arrays, row, chunk)
         load, seconds = self.runner.read(arrays)
         self._add_load(load)
         self._measure((rows, tokens), seconds)
         self._counters.prefill_seconds += seconds
-        for chunk in (chunk for chunks in plan for chunk in chunks):
+        for chunk in chunks:
             self.scheduler.was_read(chunk)
+
+    def _move_pages(self) -> None:
+        (moves,) = self.scheduler.take_moves()
+        self.runner.move(moves)
 
     def _choose_shape(self, left: list[int], is_decoding: bool) -> tuple[int, int]:
         """The shape that reads most tokens a second; while others decode, of those that take no
@@ -226,7 +226,7 @@ class Engine:
 
     def layout(self) -> Layout:
         """Of the pages that are handed over."""
-        content = self.runner.read_pages(0, [0])
+        content = self.runner.read_pages([0])
         layers, _, page_size, row = content.shape
         return Layout(layers=layers, page_size=page_size, row=row, dtype=str(content.dtype))
 
@@ -243,12 +243,12 @@ class Engine:
 
     def _hand_over(self) -> None:
         ready = [s for s in self.scheduler.sequences if not s.is_reading]
-        self.runner.move(self.scheduler.take_moves())
+        self._move_pages()
         for sequence in ready:
             numbers = sequence.holding.pages[: -(-sequence.cached // self.serve.page_size)]
             pages = ()
             if numbers:  # none of a single token
-                content = self.runner.read_pages(sequence.device, numbers)
+                content = self.runner.read_pages(numbers)
                 pages = tuple(np.moveaxis(content, 1, 0))
             made = tuple(sequence.tokens[len(sequence.request.prompt) :])
             handover = Handover(sequence.request, made, sequence.found, pages)
@@ -257,12 +257,12 @@ class Engine:
 
     def _bring(self, sequence: Sequence, handover: Handover) -> None:
         """Writes the pages that are not known here."""
-        self.runner.move(self.scheduler.take_moves())
+        self._move_pages()
         first = sequence.cached // self.serve.page_size
         brought = handover.pages[first:]
         if brought:
             numbers = sequence.holding.pages[first : first + len(brought)]
-            self.runner.write_pages(sequence.device, numbers, np.stack(brought, axis=1))
+            self.runner.write_pages(numbers, np.stack(brought, axis=1))
         self.scheduler.was_brought(sequence, len(sequence.tokens) - 1)
 
     # Decoding
@@ -277,7 +277,7 @@ class Engine:
             steps = 1
         per_step = 2 if self.runner.guesses and not has_edits else 1
         ready = self.scheduler.decoding(steps * per_step)
-        self.runner.move(self.scheduler.take_moves())
+        self._move_pages()
         if not ready:
             return
         rows_of, size = self._assign_rows(ready, has_edits)
@@ -297,16 +297,12 @@ class Engine:
     def _assign_rows(
         self, ready: Many[Sequence], has_edits: bool
     ) -> tuple[dict[int, Sequence], int]:
-        """A row for each sequence, and the rows of a device: its slot where logits are edited, for
-        their state is kept by slot, else side by side in as few rows as are compiled."""
-        devices = range(self.runner.devices)
-        here = [[s for s in ready if s.device == device] for device in devices]
+        """A row for each sequence, and how many rows: its slot where logits are edited, for their
+        state is kept by slot, else side by side in as few rows as are compiled."""
         if has_edits:
-            size = self.serve.slots
-            return {s.device * size + s.slot: s for s in ready}, size
-        most = max(len(of_device) for of_device in here)
-        size = next(size for size in self._decode_sizes if size >= most)
-        return {d * size + i: s for d in devices for i, s in enumerate(here[d])}, size
+            return {sequence.slot: sequence for sequence in ready}, self.serve.slots
+        size = next(size for size in self._decode_sizes if size >= len(ready))
+        return dict(enumerate(ready)), size
 
     def _fill_row(self, arrays, row: int, sequence: Sequence) -> None:
         request, sampling = sequence.request, sequence.request.sampling

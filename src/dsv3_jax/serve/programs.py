@@ -17,7 +17,6 @@ from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import NewTokens, Pool
 from dsv3_jax.model.mtp import MultiTokenPredictor
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.parallel.sharding import add_over
 from dsv3_jax.serve.request import MAX_LOGPROBS
 from dsv3_jax.serve.sampler import RowEdits, RowParams, edit_logits, sample_rows, top_logprobs
 
@@ -104,8 +103,6 @@ class DecodeProgram:
     most_steps: int
     guesses: bool = False
     edits: bool = False
-    axes: tuple[str, ...] = ()
-    """Mesh axes over which the rows are spread: all devices make as many steps."""
 
     def __call__(
         self,
@@ -140,7 +137,7 @@ class DecodeProgram:
             guessed=jnp.int32(0),
             right=jnp.int32(0),
             step=jnp.int32(0),
-            goes_on=self._any(jnp.asarray(rows.is_active)),
+            goes_on=jnp.any(jnp.asarray(rows.is_active)),
         )
         keys: Any = jax.random.wrap_key_data(jnp.asarray(rows.key_data))
         sampling: Any = rows.temperature, rows.top_k, rows.top_p, rows.min_p
@@ -156,10 +153,10 @@ class DecodeProgram:
         decoded = Decoded(
             end.made.tokens,
             end.rows.guess,
-            add_over(self.axes, end.guessed),
-            add_over(self.axes, end.right),
+            end.guessed,
+            end.right,
             end.step,
-            None if end.load is None else add_over(self.axes, end.load),
+            end.load,
             end.made.logprobs,
             end.made.top,
             end.made.top_tokens,
@@ -232,17 +229,13 @@ class DecodeProgram:
             guessed=carry.guessed + jnp.sum(looked_at, dtype=jnp.int32),
             right=carry.right + jnp.sum(is_right, dtype=jnp.int32),
             step=carry.step + 1,
-            goes_on=self._any(is_active),
+            goes_on=jnp.any(is_active),
         )
 
     def _ends(self, rows: Any, token: Int[Array, " rows"], number: int):
         """Whether a row's token, the `number`-th of this step, is its last."""
         is_stop = jnp.any(rows.stop_tokens == token[:, None], axis=1)
         return is_stop | (rows.made + number >= rows.limit)
-
-    def _any(self, is_active: Bool[Array, " rows"]) -> Bool[Array, ""]:
-        """Whether any row of any device is active."""
-        return add_over(self.axes, jnp.sum(is_active, dtype=jnp.int32)) > 0
 
 
 class _Made(NamedTuple):
@@ -296,7 +289,6 @@ def read_chunks(
     rows: ChunkRows,
     *,
     guesses: bool,
-    axes: tuple[str, ...] = (),
 ) -> tuple[Pool, Float[Array, "moe_layers experts"] | None]:
     """The cache with the chunks' latents, if it `guesses` the MTP module's too, and the experts'
     load."""
@@ -306,7 +298,7 @@ def read_chunks(
     hidden, pool, load = weights.model.extend(tokens, pool, new, weights.layers)
     if guesses:
         _, pool = weights.model.extend_mtp(hidden, next_tokens, pool, new, weights.mtp)
-    return pool, None if load is None else add_over(axes, load)
+    return pool, load
 
 
 def set_edit_row(

@@ -45,6 +45,9 @@ def run(options: argparse.Namespace, load: Callable[[Path, RunConfig], Loaded]) 
     Raises ValueError for options that cannot be. What is wrong is said before the model is loaded.
     """
     config = apply_overrides(RunConfig(), options.set)
+    for setting in options.set:  # the model is the checkpoint's, and on one device
+        if not setting.strip().startswith("serve."):
+            raise ValueError(f"--set is {setting!r}, expected serve.field=value")
     with _bound_socket(options.host, options.port) as listener:
         loaded = load(Path(options.checkpoint), config)
         template = load_template(loaded.directory, loaded.tokenizer)
