@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsv3_jax.config import RunConfig, apply_overrides, read_config
+from dsv3_jax.config import RunConfig, ServerConfig, apply_overrides, read_config
 from dsv3_jax.environment import restart_with_huge_pages, simulate_devices
 from dsv3_jax.serve.server.options import add_arguments as add_serve_arguments
 
@@ -314,29 +314,34 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_serve(options: argparse.Namespace) -> int:
     """`dsv3 serve`."""
+    config = apply_overrides(ServerConfig(), options.set)
+    if not config.serve.disaggregated:  # units simulate their own
+        simulate_devices(config.parallel.simulated_devices)
+
     from dsv3_jax.serve.server.command import run as serve
 
-    return serve(options, _load_to_serve)
+    return serve(options, config, _load_to_serve)
 
 
-def _load_to_serve(path: Path, config: RunConfig):
+def _load_to_serve(path: Path, config: ServerConfig):
     """A checkpoint behind an engine that has not started."""
     from dsv3_jax.data.tokenizer import load_tokenizer
     from dsv3_jax.export.load import find_tokenizer, load, read_model_config
     from dsv3_jax.serve.disaggregated.coordinator import Coordinator
-    from dsv3_jax.serve.engine import Engine
     from dsv3_jax.serve.engine_thread import EngineThread
+    from dsv3_jax.serve.load_engine import load_engine
     from dsv3_jax.serve.server.command import Loaded
 
     file = find_tokenizer(path)
     if file is None:
         raise ValueError(f"{path} has no tokenizer.json, expected one to read prompts with")
     model_config = read_model_config(path)
+    config.check_model(model_config)
     load_model = partial(load, path, dtype=config.serve.dtype)
     if config.serve.disaggregated:  # each unit loads it
-        backend = Coordinator(model_config, config.serve, load_model)
+        backend = Coordinator(model_config, config, load_model)
     else:
-        backend = EngineThread(Engine(load_model(), config.serve))
+        backend = EngineThread(load_engine(load_model, config, model_config.n_routed_experts))
     return Loaded(
         backend=backend,
         tokenizer=load_tokenizer(file, model_config.vocab_size),
@@ -420,19 +425,23 @@ def run_compile(options: argparse.Namespace) -> int:
     """`dsv3 compile`. A step that does not fit the GPU is a result, not an error."""
     config = _config(options)
 
+    from dsv3_jax.plan import report, unit_step
     from dsv3_jax.plan.hardware import find_gpu
-    from dsv3_jax.plan.report import as_json, as_text
     from dsv3_jax.plan.step_report import compile_step, dump
     from dsv3_jax.train.mesh_step import lower_train_step
 
-    compiled, analysis = compile_step(
-        config, find_gpu(options.gpu), options.hosts, lower_train_step
-    )
+    gpu = find_gpu(options.gpu)
+    if config.serve.unit is None:
+        compiled, analysis = compile_step(config, gpu, options.hosts, lower_train_step)
+        as_json, text = report.as_json(analysis.report), report.as_text(analysis.report)
+    else:
+        compiled, of_unit = unit_step.compile_unit(config, gpu, options.hosts)
+        analysis, as_json = of_unit.analysis, unit_step.as_json(of_unit)
+        text = unit_step.as_text(of_unit)
     if options.dump is not None:
-        for path in dump(Path(options.dump), compiled, analysis):
+        for path in dump(Path(options.dump), compiled, analysis, as_json):
             print(f"dsv3 compile: wrote {path}", file=sys.stderr)
-    report = analysis.report
-    print(json.dumps(as_json(report)) if options.json else as_text(report).rstrip("\n"))
+    print(json.dumps(as_json) if options.json else text.rstrip("\n"))
     return 0
 
 

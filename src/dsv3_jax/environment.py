@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from dsv3_jax.config.parallel import simulated_devices
+
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 GLIBC_TUNABLES = ":".join(
     (
@@ -41,6 +43,4 @@ def allocator_settings(environment: Mapping[str, str], huge_pages: Path) -> dict
 def simulate_devices(count: int) -> None:
     """Makes JAX, when it loads, see `count` CPU devices and no others; 0 changes nothing."""
     if count:
-        flags = os.environ.get("XLA_FLAGS", "").split()
-        flags.append(f"--xla_force_host_platform_device_count={count}")
-        os.environ |= {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+        os.environ |= simulated_devices(count, os.environ)

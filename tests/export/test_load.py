@@ -97,8 +97,8 @@ def test_imported_run(tmp_path, tiny):
 def test_arguments_are_checked(tiny):
     with pytest.raises(ValueError, match="dtype is 'int8', expected one of float32, bfloat16"):
         load(tiny, "int8")
-    with pytest.raises(ValueError, match=r"mesh is .*, expected None: this release"):
-        load(tiny, mesh=jax.sharding.Mesh(jax.devices()[:1], ("data",)))
+    with pytest.raises(ValueError, match=r"mesh axis 'model' of size is 1, expected data, node"):
+        load(tiny, mesh=jax.sharding.Mesh(jax.devices()[:1], ("model",)))
 
 
 def nowhere(path):

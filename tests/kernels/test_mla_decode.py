@@ -1,6 +1,7 @@
 """Attention over a paged latent cache against float64 NumPy, and its layout in 8 bits."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dsv3_kernels.mla_decode import op, schedule
+from dsv3_kernels.mla_decode import op, schedule, xla
 from dsv3_kernels.mla_decode.op import mla_decode, mla_decode_rows, packed_bytes
 from dsv3_kernels.quantize import reference as quantization
 
@@ -81,6 +82,24 @@ def test_equals_float64(implementation, dtype, queries):
     assert relative_error(lse, expected[1]) <= LARGEST_ERROR["float32"]
     idle = LENGTHS.index(0)
     assert not np.any(np.asarray(out[idle], np.float32)) and np.all(np.isneginf(lse[idle]))
+
+
+def test_blocks_are_joined_and_do_not_touch_each_other():
+    """In the form for CPU, which gathers 32 tokens at a time of 64 requests."""
+    assert xla.GATHERED // 64 == 32
+    lengths = np.random.default_rng(1).integers(0, 101, 64)
+    pages, table = cache(lengths.tolist(), 9)
+    q = queries_of(64, 2, 9)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, pages))
+    attend = partial(mla_decode, *arrays, jnp.asarray(table), scale=SCALE, v_dim=V_DIM)
+    found = attend(lengths=jnp.asarray(lengths), implementation="xla")
+    for array, expected in zip(found, attention(q, pages, table, lengths), strict=True):
+        assert relative_error(array, expected) <= LARGEST_ERROR["float32"]
+    short = lengths <= 32
+    assert 0 < short.sum() < 64
+    alone = attend(lengths=jnp.asarray(np.where(short, lengths, 0)), implementation="xla")
+    for array, same in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(array[short], same[short])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -53,7 +53,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dsv3_kernels.cost import flops_in_name
+from dsv3_kernels.cost import work_in_name
 from dsv3_kernels.fp8_gemm import tiles as sizes
 from dsv3_kernels.fp8_gemm.mosaic_sm90_promotion import (
     BLOCK_SCALES,
@@ -102,7 +102,7 @@ def gemm(
         out_dtype=jnp.dtype(out_dtype),
         tiles=tiles,
     )
-    with flops_in_name("fp8", plan.cost.flops):
+    with work_in_name("fp8", plan.cost.flops):
         out = _product(plan)(a, scales[0], b, scales[1])
     return out[:, :m, :n].reshape(*batch, m, n)
 

@@ -51,7 +51,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dsv3_kernels.cost import flops_in_name
+from dsv3_kernels.cost import work_in_name
 from dsv3_kernels.fp8_gemm.mosaic_sm90_promotion import (
     BLOCK_SCALES,
     CONSUMER_REGISTERS,
@@ -172,7 +172,7 @@ def _run(
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in values),
         transcendentals=0,
     )
-    with flops_in_name("fp8" if plan.is_fp8 else "bf16", plan.flops):
+    with work_in_name("fp8" if plan.is_fp8 else "bf16", plan.flops):
         return _kernel_of(plan, out_type, cost)(work, *operands)
 
 

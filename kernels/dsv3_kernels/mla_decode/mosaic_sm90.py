@@ -60,12 +60,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, UInt8
 
-from dsv3_kernels.cost import flops_in_name
+from dsv3_kernels.cost import work_in_name
 from dsv3_kernels.mla_decode import mosaic_sm90_loads as loads
 from dsv3_kernels.mla_decode import schedule
 from dsv3_kernels.mla_decode import tiles as sizes
 from dsv3_kernels.mla_decode.mosaic_sm90_combine import combine
-from dsv3_kernels.mla_decode.reference import LOG2_E
+from dsv3_kernels.mla_decode.reference import LOG2_E, packed_bytes
 from dsv3_kernels.mla_decode.schedule import Schedule
 from dsv3_kernels.mla_decode.tiles import BLOCK, LOWEST, QK_DIM, ROWS, STAGES, V_DIM, Tiles
 
@@ -160,6 +160,12 @@ class Plan:
         """Of all that the tables have room for: how much of it is used, only the device knows."""
         return 2 * self.batch * self.rows * self.max_pages * BLOCK * (QK_DIM + V_DIM)
 
+    @property
+    def read_bytes(self) -> int:
+        """Queries, and as many cached tokens: not all pages that there are."""
+        row = packed_bytes(QK_DIM, V_DIM) if self.is_packed else 2 * QK_DIM
+        return self.batch * (2 * self.rows * QK_DIM + self.max_pages * BLOCK * row)
+
 
 def swizzled(*shape: int) -> Any:
     """A buffer of BF16 in shared memory as wgmma and TMA want it, in pieces of 64 columns."""
@@ -219,7 +225,7 @@ def _attend(plan: Plan) -> Any:
     )
 
     def counted(*operands):
-        with flops_in_name("bf16", plan.flops):
+        with work_in_name("bf16", plan.flops, plan.read_bytes):
             return kernel(*operands)
 
     return counted

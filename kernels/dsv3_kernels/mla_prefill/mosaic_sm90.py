@@ -49,7 +49,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from dsv3_kernels.cost import flops_in_name
+from dsv3_kernels.cost import work_in_name
 from dsv3_kernels.mla_prefill import tiles as sizes
 from dsv3_kernels.mla_prefill.reference import LOG2_E
 from dsv3_kernels.mla_prefill.tiles import NOPE_DIM, ROPE_DIM, ROWS, TILE, V_DIM, Tiles, Turns
@@ -173,7 +173,7 @@ class Plan:
         )
 
         def counted(*operands):
-            with flops_in_name("bf16", cost.flops):
+            with work_in_name("bf16", cost.flops):
                 return kernel(*operands)
 
         return counted

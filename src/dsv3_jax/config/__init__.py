@@ -3,7 +3,7 @@
 from dsv3_jax.config.model import ModelConfig, YarnConfig
 from dsv3_jax.config.parallel import ParallelConfig
 from dsv3_jax.config.run import RunConfig, apply_overrides, from_dict, read_config, to_dict
-from dsv3_jax.config.serving import ServeConfig
+from dsv3_jax.config.serving import ServeConfig, ServerConfig
 from dsv3_jax.config.training import (
     DataConfig,
     DataSource,
@@ -23,6 +23,7 @@ __all__ = [
     "PrecisionConfig",
     "RunConfig",
     "ServeConfig",
+    "ServerConfig",
     "TrainConfig",
     "YarnConfig",
     "apply_overrides",

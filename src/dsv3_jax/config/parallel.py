@@ -1,5 +1,6 @@
 """The parallel section: how many devices, and how the program is spread over them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsv3_jax.config.checks import require, require_at_least, require_one_of, require_types
@@ -96,3 +97,10 @@ class ParallelConfig:
     def token_shards(self) -> int:
         """Parts into which a batch is split."""
         return self.data * self.node * self.gpu
+
+
+def simulated_devices(count: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables with which JAX sees `count` CPU devices and no others."""
+    flag = "--xla_force_host_platform_device_count="
+    flags = [f for f in environment.get("XLA_FLAGS", "").split() if not f.startswith(flag)]
+    return {"XLA_FLAGS": " ".join([*flags, f"{flag}{count}"]), "JAX_PLATFORMS": "cpu"}

@@ -50,14 +50,19 @@ class RunConfig:
             self.data.seq_len,
             f"more than model.num_nextn_predict_layers = {self.model.num_nextn_predict_layers}",
         )
+        if self.serve.unit is None:
+            experts, name = self.model.n_routed_experts, "model.n_routed_experts"
+            self._check_parts()
+        else:
+            experts = self.model.n_routed_experts + self.serve.redundant_experts
+            name = "model.n_routed_experts + serve.redundant_experts"
         expert_devices = self.parallel.node * self.parallel.gpu
         require(
-            not self.model.has_experts or self.model.n_routed_experts % expert_devices == 0,
+            not self.model.has_experts or experts % expert_devices == 0,
             "parallel.node x gpu",
             expert_devices,
-            f"a divisor of model.n_routed_experts = {self.model.n_routed_experts}",
+            f"a divisor of {name} = {experts}",
         )
-        self._check_parts()
         self._check_tiles()
 
     def _check_tiles(self) -> None:
@@ -151,8 +156,9 @@ def read_config(path: str | Path) -> RunConfig:
     return result
 
 
-def apply_overrides(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """`config` with every `section.field=value` applied, values read by the field's type.
+def apply_overrides[Sections](config: Sections, assignments: list[str]) -> Sections:
+    """`config`, of a run or a server, with every `section.field=value` applied, values read by the
+    field's type.
 
     All assignments are applied before the sections are checked, so that two fields that depend on
     each other can be set together. `a,b` fills a tuple; `none` clears an optional field.

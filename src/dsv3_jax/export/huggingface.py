@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -33,6 +34,7 @@ from dsv3_jax.export.new_directory import new_directory, require_new
 from dsv3_jax.export.safetensors_io import DTYPES, read_ahead, read_tensor, stored_bytes, write_file
 from dsv3_jax.model.linear import BlockScale
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.inference import weight_spec
 from dsv3_jax.quant.scaled_array import is_scaled
 
 MODEL_DTYPES = ("float32", "bfloat16", "float16", FP8_WEIGHTS)
@@ -59,8 +61,11 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Hub name to the dtype and shape that a file has."""
 
 
-def load_hf(path: str | Path, dtype: str = "float32") -> Transformer:
-    """The model in a Hugging Face directory, its weights in `dtype`, one of `MODEL_DTYPES`.
+def load_hf(
+    path: str | Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> Transformer:
+    """The model in a Hugging Face directory, its weights in `dtype`, one of `MODEL_DTYPES`, where
+    an inference `mesh` has them.
 
     Block-FP8 weights are dequantised in FP32, then cast; their scales stay beside them, as
     `BlockScale`, so that `save_hf` can give the same bytes back. For float8_e4m3fn they stay as
@@ -74,7 +79,7 @@ def load_hf(path: str | Path, dtype: str = "float32") -> Transformer:
     directory = Path(path)
     require(directory.is_dir(), "path", str(path), "a Hugging Face checkpoint directory")
     checkpoint = open_hub_checkpoint(directory)
-    graph, structure, arrays = _allocate(checkpoint, dtype)
+    graph, structure, arrays = _allocate(checkpoint, dtype, mesh)
     values_ahead = read_ahead(tensor.values for tensor in checkpoint.tensors)
     for tensor, values in zip(checkpoint.tensors, values_ahead, strict=True):
         entry = tensor.entry
@@ -88,7 +93,7 @@ def load_hf(path: str | Path, dtype: str = "float32") -> Transformer:
             _put(arrays, entry.scale_path, entry.index, scale)
             values = dequantise(values, scale, arrays[entry.path].dtype)
         _put(arrays, entry.path, entry.index, values)
-    leaves = [_on_device(arrays.pop(path)) for path in list(arrays)]
+    leaves = [_on_device(arrays.pop(path), _sharding(mesh, path)) for path in list(arrays)]
     model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
     model.files_from = str(directory.absolute())
     return model
@@ -204,7 +209,7 @@ class _Source:
         require(not unknown, "model", unknown, "only arrays that have a hub name")
 
 
-def _allocate(checkpoint: HubCheckpoint, dtype: str):
+def _allocate(checkpoint: HubCheckpoint, dtype: str, mesh: jax.sharding.Mesh | None):
     """The model's structure, that of its state, and the state's arrays by path, to be filled."""
     model = model_structure(checkpoint.config, dtype)
     scaled = [tensor.entry.path for tensor in checkpoint.tensors if tensor.scale is not None]
@@ -224,13 +229,20 @@ def _allocate(checkpoint: HubCheckpoint, dtype: str):
 
     small = [path for path in leaves if path not in large]
     arrays = dict(zip(small, allocate(small, np), strict=True))
-    arrays |= dict(zip(large, jax.jit(lambda: allocate(large, jnp))(), strict=True))
+    shardings = None if mesh is None else [_sharding(mesh, path) for path in large]
+    on_device = jax.jit(lambda: allocate(large, jnp), out_shardings=shardings)()
+    arrays |= dict(zip(large, on_device, strict=True))
     return graph, jax.tree.structure(state), {path: arrays[path] for path in leaves}
 
 
-def _on_device(array: np.ndarray | Array) -> Array:
+def _sharding(mesh: jax.sharding.Mesh | None, path: TensorPath) -> NamedSharding | None:
+    return None if mesh is None else NamedSharding(mesh, weight_spec(path))
+
+
+def _on_device(array: np.ndarray | Array, sharding: NamedSharding | None) -> Array:
     """A copy of a NumPy array (one without would share its memory, on CPU)."""
-    return jnp.array(array) if isinstance(array, np.ndarray) else array
+    copy = jnp.array(array) if isinstance(array, np.ndarray) else array
+    return copy if sharding is None else jax.device_put(copy, sharding)
 
 
 def _nbytes(leaf: jax.ShapeDtypeStruct | Array) -> int:

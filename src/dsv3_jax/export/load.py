@@ -10,13 +10,15 @@ from flax import nnx
 
 from dsv3_jax.checkpoint import CheckpointManager, find_step, restore_subtree
 from dsv3_jax.config import ModelConfig, from_dict, to_dict
-from dsv3_jax.config.checks import require, require_one_of
+from dsv3_jax.config.checks import require_one_of
 from dsv3_jax.export.fp8_weights import converted, model_structure
 from dsv3_jax.export.hub_directory import CONFIG, read_hub_config, read_json_object
 from dsv3_jax.export.huggingface import MODEL_DTYPES, TOKENIZER_FILES, load_hf
 from dsv3_jax.export.new_directory import new_directory, require_new
 from dsv3_jax.model.router import SelectionBias
+from dsv3_jax.model.spread import set_mesh
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.inference import abstract_weights, check_division, inference_mesh
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer.json"
@@ -27,25 +29,38 @@ def load(
 ) -> Transformer:
     """The model of a Hugging Face directory, of a run's newest intact step, or of one step.
 
+    With a `mesh` of axes among data, node and gpu its experts are spread over (node, gpu), all else
+    is on every device, and `model(tokens)` splits the batch over all of them.
+
     `dtype` is float32, bfloat16, float16 or float8_e4m3fn; the last keeps what FP8 checkpoints have
     in blocks as they have it, or quantises it so, computes those products in FP8 and the rest in
-    BF16. The selection bias stays FP32. `mesh` is for later: this release loads onto one device.
+    BF16. The selection bias stays FP32.
     Raises ValueError, one line, that names what is wrong.
     """
     require_one_of("dtype", dtype, *MODEL_DTYPES)
-    require(mesh is None, "mesh", mesh, "None: this release loads a model onto one device")
+    mesh = None if mesh is None else inference_mesh(mesh)
     root, config = _find_config(Path(path))
-    if "model_type" in config:
-        return load_hf(root, dtype)
-    model_config = _run_model_config(root, config)
+    is_hub = "model_type" in config
+    model_config = read_hub_config(root) if is_hub else _run_model_config(root, config)
+    if mesh is not None:
+        check_division(model_config.n_routed_experts, mesh, f"{root}: n_routed_experts")
+    model = load_hf(root, dtype, mesh) if is_hub else _load_run(path, model_config, dtype, mesh)
+    model.files_from = str(root)
+    if mesh is not None:
+        set_mesh(model, mesh)
+    return model
+
+
+def _load_run(
+    path: str | Path, model_config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh | None
+) -> Transformer:
     step = find_step(Path(path))
-    stored = nnx.split(model_structure(model_config, "float32"), nnx.Param, SelectionBias)
+    structure = nnx.split(model_structure(model_config, "float32"), nnx.Param, SelectionBias)
+    stored = structure if mesh is None else abstract_weights(structure, mesh)
     state = restore_subtree(step, {"params": stored[1], "selection_bias": stored[2]}, prefix="")
     graph, params, _ = nnx.split(model_structure(model_config, dtype), nnx.Param, SelectionBias)
     params = converted(state["params"], params)
-    model = nnx.merge(graph, params, state["selection_bias"])
-    model.files_from = str(root)
-    return model
+    return nnx.merge(graph, params, state["selection_bias"])
 
 
 def read_model_config(path: str | Path) -> ModelConfig:

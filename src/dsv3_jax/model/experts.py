@@ -213,9 +213,16 @@ def make_dispatcher(
     wire: Wire = UNCHANGED,
 ) -> Dispatcher:
     """How tokens come to the experts of a mesh: not at all, in one exchange, or in two hops."""
+    local = LocalDispatcher(expert_products(recipe), wire)
+    return spread_dispatcher(local, model, parallel, model.n_routed_experts)
+
+
+def spread_dispatcher(
+    local: LocalDispatcher, model: ModelConfig, parallel: ParallelConfig, slots: int
+) -> Dispatcher:
+    """What `local` does on the mesh, whose devices hold `slots` experts, replicas included."""
     node, gpu = parallel.node, parallel.gpu
-    products = expert_products(recipe)
-    local, here = LocalDispatcher(products, wire), model.n_routed_experts // (node * gpu)
+    products, wire, here = local.products, local.wire, slots // (node * gpu)
     # Distinct nodes of a token, and of those experts that are on one node, distinct GPUs, for
     # uniform choices (the restricted one: DeepSeek-V3, 8 of 256 in 4 of 8 groups, 3.6 nodes).
     top_k, grouped = model.num_experts_per_tok, model.n_group % node == 0

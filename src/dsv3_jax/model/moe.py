@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.expert_slots import ExpertSlots
 from dsv3_jax.model.experts import Experts
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.router import (
@@ -19,17 +20,16 @@ from dsv3_jax.model.router import (
     load_statistics,
 )
 from dsv3_jax.parallel.dispatch import Dispatcher, Sent
+from dsv3_jax.parallel.exchange_plan import NO_EXPERT
 from dsv3_jax.parallel.tape import AUTODIFF, Tape
 from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
-
-NO_EXPERT = -1
-"""In place of an expert: a pair that is computed nowhere."""
 
 
 class MoE(nnx.Module):
     """y = shared(x) + sum_k g_k expert_k(x). `gate` may be any callable that returns a `Routing`.
 
-    The shared experts are one MLP of `n_shared_experts` times the expert width.
+    The shared experts are one MLP of `n_shared_experts` times the expert width. `slots`, where a
+    server sets it, says where the experts are that it has placed by load.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class MoE(nnx.Module):
             self.shared_experts = MLP(
                 hidden, width * config.n_shared_experts, **shape, recipe=recipe
             )
+        self.slots: ExpertSlots | None = nnx.data(None)
         self.config = config
 
     def __call__(
@@ -73,9 +74,10 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             routing = self.gate(x.reshape(-1, x.shape[-1]))
             experts = jnp.where(valid.reshape(-1, 1), routing.experts, NO_EXPERT)
-        sent, parameters = self.dispatch(x, routing._replace(experts=experts), AUTODIFF)
+            load = expert_load(experts, self.config.n_routed_experts)
+            places = experts if self.slots is None else self.slots(experts)
+        sent, parameters = self.dispatch(x, routing._replace(experts=places), AUTODIFF)
         sent, shared = self.compute(x, sent, parameters, AUTODIFF)
-        load = expert_load(experts, self.config.n_routed_experts)
         return self.combine(sent, shared, parameters), load
 
     # The parts, between which a pipeline has another micro-batch's parts done

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,7 @@ from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.rope import Rotary, rotary
 from dsv3_jax.model.router import LoadStatistics
 from dsv3_jax.parallel.dispatch import Dispatcher
+from dsv3_jax.parallel.inference import BY_TOKEN, on_mesh, token_shards, weight_specs
 from dsv3_jax.parallel.tape import AUTODIFF
 from dsv3_jax.quant.recipe import UNQUANTISED, Recipe
 
@@ -95,10 +97,13 @@ class Transformer(nnx.Module):
         self.files_from: str | None = None  # the directory whose tokenizer files belong to it
         # Of (stack, one layer's weights in shards): the weights. None where they are whole already.
         self.gather_layer: Callable[[str, nnx.State], nnx.State] | None = None
+        self.mesh: Mesh | None = None  # over which it is spread for inference (spread.py)
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
-        """Next-token logits in FP32."""
-        return self.logits(self.main_hidden(tokens)[0])
+        """Next-token logits in FP32; of a model on a mesh, each device's of its own sequences."""
+        if self.mesh is None:
+            return self.logits(self.main_hidden(tokens)[0])
+        return _call_on_mesh(self, tokens)
 
     def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq hidden"]:
         """Token embeddings in the dtype of the layers.
@@ -321,6 +326,22 @@ def stack(count: int, make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) ->
     >>> routers = stack(58, lambda rngs: Router(config, dtype=jnp.float32, rngs=rngs), nnx.Rngs(0))
     """
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+@jax.jit
+def _call_on_mesh(
+    model: Transformer, tokens: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq vocab"]:
+    """The batch is filled up to a multiple of the devices."""
+
+    def logits(model: Transformer, tokens: Array) -> Array:
+        return model.logits(model.main_hidden(tokens)[0])
+
+    batch, mesh = tokens.shape[0], model.mesh
+    assert mesh is not None
+    filled = jnp.pad(tokens, ((0, -batch % token_shards(mesh)), (0, 0)))
+    specs = weight_specs(model)
+    return on_mesh(logits, mesh, (specs, BY_TOKEN), BY_TOKEN)(model, filled)[:batch]
 
 
 def _gathered(gather: Callable, name: str, layer: nnx.State) -> nnx.State:

@@ -202,7 +202,7 @@ class Exchange:
             wanted = hop.wanted(experts)
             capacity = hop.capacity(experts.shape[0], tokens)
             needed.append(rounds_needed(wanted, capacity))
-            plan = plan_round(wanted, 0, capacity)
+            plan = plan_round(wanted, 0, capacity, experts.shape[1])
             experts = tape.keep(f"{hop.axes[-1]}_experts", _send_experts(hop, experts, plan))
             routes.append(Route(plan, experts))
         return tuple(routes), needed
@@ -317,7 +317,7 @@ def _further_round(hop, tokens, index, has_begun, operands: Operands, fixed: Fix
     """What round `index` adds, but for the first round of all hops if that has been."""
     (rows, of_trained), (experts, rest) = operands, fixed
     capacity = hop.capacity(experts.shape[0], tokens)
-    plan = plan_round(hop.wanted(experts), index, capacity)
+    plan = plan_round(hop.wanted(experts), index, capacity, experts.shape[1])
     experts = _send_experts(hop, experts, plan)
     rows = _send_rows(hop, experts.shape[1], rows, plan)
     x, weights = split_weights(rows, experts)

@@ -24,8 +24,9 @@ class RoundPlan(NamedTuple):
     """One round. R rows, P peers, C slots a peer; no row is R, no slot is P*C."""
 
     slot_row: Int[Any, "peers capacity"]
-    row_slot: Int[Any, "rows peers"]
-    """The flat slot in which a row goes to a peer."""
+    row_slot: Int[Any, "rows sends"]
+    """The flat slots in which a row goes to its peers, in their order: of every peer, or of those
+    that it goes to."""
 
 
 def wanted_by(
@@ -44,8 +45,10 @@ def rounds_needed(wanted: Bool[Any, "rows peers"], capacity: int) -> Int[Any, ""
     return xp.maximum(-(-most // capacity), 1)
 
 
-def plan_round(wanted: Bool[Any, "rows peers"], index: Any, capacity: int) -> RoundPlan:
-    """What round `index` sends."""
+def plan_round(
+    wanted: Bool[Any, "rows peers"], index: Any, capacity: int, most: int | None = None
+) -> RoundPlan:
+    """What round `index` sends. No row goes to more than `most` peers (None: to all)."""
     xp = wanted.__array_namespace__()
     peers = wanted.shape[1]
     sent = xp.cumsum(wanted, axis=0, dtype=np.int32)  # up to and including a row
@@ -53,7 +56,10 @@ def plan_round(wanted: Bool[Any, "rows peers"], index: Any, capacity: int) -> Ro
     first_slot = capacity * xp.arange(peers, dtype=np.int32)
     in_round = wanted & (slot >= 0) & (slot < capacity)
     row_slot = xp.where(in_round, first_slot + slot, peers * capacity).astype(np.int32)
-    return RoundPlan(_rows_of_slots(row_slot, peers * capacity).reshape(peers, capacity), row_slot)
+    slot_row = _rows_of_slots(row_slot, peers * capacity).reshape(peers, capacity)
+    if most is not None and most < peers:
+        row_slot = xp.sort(row_slot, axis=1)[:, :most]  # no slot is the largest number
+    return RoundPlan(slot_row, row_slot)
 
 
 def _rows_of_slots(row_slot: Int[Any, "rows peers"], slots: int) -> Int[Any, " slots"]:

@@ -13,6 +13,7 @@ Otherwise the same with one group and one node.
 Source: DeepSeek-V3 Technical Report §3.4; the algorithm is that of DeepSeek's EPLB.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,14 @@ class Placement:
         places = np.broadcast_to(np.arange(self.expert_of_slot.shape[1]), self.expert_of_slot.shape)
         slots[layer, self.expert_of_slot, self.replica_of_slot] = places
         return slots
+
+    def with_layer(self, layer: int, placement: "Placement") -> "Placement":
+        """This one but for a layer, which is as the one layer of `placement`."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            changed[field.name] = getattr(self, field.name).copy()
+            changed[field.name][layer] = getattr(placement, field.name)[0]
+        return Placement(**changed)
 
 
 def place_experts(

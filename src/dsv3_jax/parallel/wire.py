@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from dsv3_jax.config import PrecisionConfig
 from dsv3_jax.quant.formats import E4M3, E4M3_POWER_OF_TWO
 from dsv3_kernels.logfmt.op import decode, encode, packed_bytes
 from dsv3_kernels.quantize.op import BLOCK
@@ -86,6 +87,11 @@ class Wire:
 
 
 UNCHANGED = Wire()
+
+
+def wire_of(precision: PrecisionConfig) -> Wire:
+    """What `precision` has rows and sums travel in."""
+    return Wire(PACKINGS[precision.dispatch_format], PACKINGS[precision.combine])
 
 
 def to_bytes(x: Array) -> UInt8[Array, "*batch bytes"]:

@@ -112,7 +112,7 @@ def _product_cost(
 _WITHOUT_PRODUCTS = ("__cub$DeviceRadixSort", "__gpu$TopK", "Sharding", "annotate_device_placement")
 
 
-_FLOPS_IN_NAME = re.compile(r"/(fp8|bf16)_flops=(\d+)/")
+_WORK_IN_NAME = re.compile(r"/(fp8|bf16)_flops=(\d+)(?:_read_bytes=(\d+))?/")
 
 
 def _cublas_cost(computation: Computation, instruction: Instruction) -> Cost:
@@ -127,7 +127,7 @@ def _cublas_cost(computation: Computation, instruction: Instruction) -> Cost:
 
 def _mosaic_cost(instruction: Instruction) -> Cost:
     """Of dsv3_kernels, whose FLOPs are in their names (dsv3_kernels/cost.py)."""
-    found = _FLOPS_IN_NAME.search(instruction.op_name)
+    found = _WORK_IN_NAME.search(instruction.op_name)
     return Cost(**{f"{found[1]}_flops": float(found[2])}) if found else Cost()
 
 
@@ -155,6 +155,8 @@ def _plain_bytes(computation: Computation, instruction: Instruction) -> float:
         update = computation.operand(instruction, _UPDATE_OPERAND[opcode])
         return 2.0 * update.result_bytes
     read = sum(array.nbytes for array in computation.operand_arrays(instruction))
+    if (found := _WORK_IN_NAME.search(instruction.op_name)) and found[3]:
+        read = min(read, int(found[3]))
     if opcode == "copy-start":
         return 2.0 * read
     results = instruction.results

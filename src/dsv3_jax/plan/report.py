@@ -121,9 +121,11 @@ class MemoryUse:
     code_bytes: int
     arguments: dict[str, int]
     """By path; `kinds_of_arguments` sorts them."""
+    kinds: dict[str, int] | None = None
+    """Of the arguments, where they are not a training step's: weights, latent cache."""
 
 
-WEIGHTS, OPTIMIZER, OTHER = "weights", "optimizer", "other arguments"
+WEIGHTS, OPTIMIZER, CACHE, OTHER = "weights", "optimizer", "latent cache", "other arguments"
 
 
 def kinds_of_arguments(arguments: dict[str, int]) -> dict[str, int]:
@@ -152,19 +154,20 @@ def bytes_by_kind(memory: MemoryUse, held: HeldBytes) -> dict[str, int]:
     `held` is told apart from the other temporaries. What XLA counts of the arguments beyond their
     sizes (padding) is with the other arguments.
     """
-    sums = kinds_of_arguments(memory.arguments)
-    sums[OTHER] += memory.argument_bytes - sum(sums.values())
+    sums = memory.kinds or kinds_of_arguments(memory.arguments)
+    known = sum(size for kind, size in sums.items() if kind != OTHER)
     weights = min(held.weights, memory.temp_bytes)
     gradients = min(held.gradients, memory.temp_bytes - weights)
     kept = min(held.kept, memory.temp_bytes - weights - gradients)
     return {
         WEIGHTS: sums[WEIGHTS],
-        OPTIMIZER: sums[OPTIMIZER],
+        OPTIMIZER: sums.get(OPTIMIZER, 0),
+        CACHE: sums.get(CACHE, 0),
         "gathered weights": weights,
         "gradients": gradients,
         "kept for backward": kept,
         "activations and buffers": memory.temp_bytes - weights - gradients - kept,
-        OTHER: sums[OTHER],
+        OTHER: memory.argument_bytes - known,
         "results": memory.new_output_bytes,
         "code": memory.code_bytes,
     }
@@ -311,7 +314,10 @@ def what_would_help(report: StepReport) -> str:
     kinds = report.bytes_by_kind
     state = sum(kinds[k] for k in (WEIGHTS, OPTIMIZER, "gathered weights", "gradients"))
     advice = ["more stages (parallel.pipe)"]
-    if state > report.peak_bytes_per_gpu / 2:
+    if kinds.get(CACHE):
+        advice = ["fewer or shorter requests (serve.slots, serve.max_seq_len, serve.pages)"]
+        advice += ["serve.cache_dtype=fp8", "experts on more GPUs"]
+    elif state > report.peak_bytes_per_gpu / 2:
         has_pipeline = report.pair_hidden_fraction is not None  # which excludes zero=3
         fields = "parallel.data" if has_pipeline else "parallel.zero=3, parallel.data"
         advice += [f"state sharded further ({fields})"]

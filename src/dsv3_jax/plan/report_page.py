@@ -22,6 +22,7 @@ CHARACTER = 6.2
 MEMORY_COLOURS = {
     "weights": "#1f6f8b",
     "optimizer": "#56a3a6",
+    "latent cache": "#8ecae6",
     "gathered weights": "#84a98c",
     "gradients": "#c08497",
     "kept for backward": "#bc6c25",

@@ -15,7 +15,7 @@ from dsv3_jax.plan.compile_ahead import CompiledStep, compile_ahead, topology_de
 from dsv3_jax.plan.hardware import Gpu
 from dsv3_jax.plan.pipeline_rules import PipelineRules
 from dsv3_jax.plan.program import TripRule
-from dsv3_jax.plan.report import Analysis, HeldBytes, MemoryUse, analyse, as_json
+from dsv3_jax.plan.report import Analysis, HeldBytes, MemoryUse, analyse
 from dsv3_jax.plan.report_page import as_html
 from dsv3_jax.plan.roofline import BranchRule
 from dsv3_jax.quant.scaled_array import is_scaled
@@ -143,13 +143,15 @@ def balanced_trips(accumulation: int) -> TripRule:
     return trips
 
 
-def dump(directory: Path, compiled: CompiledStep, analysis: Analysis) -> list[Path]:
+def dump(
+    directory: Path, compiled: CompiledStep, analysis: Analysis, report: dict[str, Any]
+) -> list[Path]:
     """Writes `step.hlo.txt`, `report.html` and `report.json` into `directory`; their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     files = {
         "step.hlo.txt": compiled.hlo_text,
         "report.html": as_html(analysis),
-        "report.json": json.dumps(as_json(analysis.report)) + "\n",
+        "report.json": json.dumps(report) + "\n",
     }
     for name, text in files.items():
         (directory / name).write_text(text, encoding="utf-8")

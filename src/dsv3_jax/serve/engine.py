@@ -1,28 +1,32 @@
 """The engine: requests in, tokens out, one step at a time.
 
-    step:  admit -> move pages -> read chunks of prompts -> decode -> outputs
+    step:  admit -> move pages -> place experts -> read chunks of prompts -> decode -> outputs
 
 The host knows every request's state (scheduler.py); a step gives the device small arrays of it and
-takes back the tokens. While requests are decoded a step reads no longer than it decodes, so that
-nobody's answer slows to less than half because another's prompt is long.
+takes back the tokens. How much a step reads beside what it decodes is said by pace.py.
 """
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from dsv3_jax.config import ModelConfig, ServeConfig
+from dsv3_jax.config import ModelConfig, ParallelConfig, ServeConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.inference import expert_devices
+from dsv3_jax.parallel.wire import Wire
 from dsv3_jax.serve.disaggregated.handover import Handover, Layout
+from dsv3_jax.serve.expert_balance import ExpertBalance
+from dsv3_jax.serve.pace import Pace
 from dsv3_jax.serve.pages import PagePool
 from dsv3_jax.serve.programs import NO_TOKEN, STOP_TOKENS, EditRows
-from dsv3_jax.serve.request import EngineStatistics, Output, Request, TokenLogprobs
+from dsv3_jax.serve.request import EngineStatistics, Output, Request
+from dsv3_jax.serve.rows import fill_chunk, fill_row, is_edited, key_data, row_logprobs
 from dsv3_jax.serve.runner import Runner
-from dsv3_jax.serve.scheduler import Chunk, Scheduler, Sequence
+from dsv3_jax.serve.scheduler import Scheduler, Sequence
 from dsv3_jax.serve.speculative import Payoff
 
 LARGE_ROWS = 4
@@ -44,7 +48,8 @@ class _Counters:
 
 
 class Engine:
-    """Serves one model. Not for several threads at once: see engine_thread.py.
+    """Serves one model, each request on one device of its mesh. Not for several threads at once:
+    see engine_thread.py.
 
     `warm_up` compiles every program; `step` may be called then. Raises ValueError where the model
     cannot have the requests that `serve` allows.
@@ -58,27 +63,44 @@ class Engine:
         model: Transformer,
         serve: ServeConfig,
         *,
+        mesh: Mesh | None = None,
+        how: ParallelConfig | None = None,
+        wire: Wire | None = None,
         hands_over: bool = False,
         compiler_options: dict[str, Any] | None = None,
     ):
+        """On `mesh` (None: where the model is), with the dispatcher and its buffers of `how`, and
+        rows on their way to experts and back as `wire` has them."""
         config = model.config
         longest = longest_request(config, serve)
         self.config, self.serve, self.max_seq_len = config, serve, longest
         guesses = serve.speculative and config.num_nextn_predict_layers > 0
-        self.runner = Runner(model, serve, guesses=guesses, compiler_options=compiler_options)
-        pool = PagePool(
-            self.runner.pages,
-            serve.page_size,
-            keeps_prefixes=serve.prefix_cache,
-            host_pages=serve.host_pages,
+        self.runner = Runner(
+            model,
+            serve,
+            guesses=guesses,
+            mesh=mesh,
+            how=how,
+            wire=wire,
+            compiler_options=compiler_options,
         )
-        self.scheduler = Scheduler([pool], serve.slots, longest)
+        pools = [
+            PagePool(
+                self.runner.pages,
+                serve.page_size,
+                keeps_prefixes=serve.prefix_cache,
+                host_pages=serve.host_pages,
+            )
+            for _ in range(self.runner.devices)
+        ]
+        self.scheduler = Scheduler(pools, serve.slots, longest)
+        self.balance = _balance(self.runner, serve, config)
         self._decode_sizes = _sizes(serve.slots)
         self._chunk_shapes = _chunk_shapes(serve.prefill_chunk, longest)
         self._guess: dict[str, int] = {}
         # Of each row the request, and its number of tokens, that the device's edits are of.
         self._edits_of: dict[int, tuple[str, int]] = {}
-        self._seconds: dict[object, float] = {}
+        self._pace = Pace(self._chunk_shapes)
         self._payoff = {size: Payoff() for size in self._decode_sizes}
         self._counters = _Counters()
         self._load = np.zeros((config.n_routed_experts,), np.float64)
@@ -99,8 +121,9 @@ class Engine:
             self.runner.decode(rows, 1, False, self.runner.empty_edits(self.serve.slots))
         for shape in self._chunk_shapes:
             self.runner.read(self.runner.empty_chunks(*shape))
-            _, self._seconds[shape] = self.runner.read(self.runner.empty_chunks(*shape))
-        _key_data(0)
+            _, seconds = self.runner.read(self.runner.empty_chunks(*shape))
+            self._pace.was_read(shape, seconds)
+        key_data(0)
 
     # Requests
 
@@ -136,6 +159,7 @@ class Engine:
                 continue
             self._counters.prompt_tokens += len(sequence.request.prompt)
             self._counters.cached_prompt_tokens += sequence.found
+        self._place_experts()
         self._read_chunks()
         if self._hands_over:
             self._hand_over()
@@ -168,6 +192,8 @@ class Engine:
             finished=c.finished,
             cancelled=c.cancelled,
             compilations=self.runner.compilations,
+            expert_placements=0 if self.balance is None else self.balance.rounds,
+            device_load_max_over_mean=1.0 if self.balance is None else self.balance.unevenness(),
             prefill_seconds=c.prefill_seconds,
             decode_seconds=c.decode_seconds,
             expert_load=tuple(self._load.tolist()),
@@ -179,48 +205,34 @@ class Engine:
 
     def _read_chunks(self) -> None:
         sequences = list(self.scheduler.sequences)
-        left = [len(s.tokens) - 1 - s.cached for s in sequences if s.is_reading]
-        if not left:
+        reading = [s for s in sequences if s.is_reading]
+        if not reading:
             return
-        is_decoding = len(left) < len(sequences)
-        rows, tokens = self._choose_shape(left, is_decoding)
-        (chunks,) = self.scheduler.chunks(tokens, rows)
+        left: list[list[int]] = [[] for _ in self.scheduler.pools]
+        for sequence in reading:
+            left[sequence.device].append(len(sequence.tokens) - 1 - sequence.cached)
+        rows, tokens = self._pace.choose(left, decoding=len(sequences) - len(reading))
+        plan = self.scheduler.chunks(tokens, rows)
         self._move_pages()
         arrays = self.runner.empty_chunks(rows, tokens)
-        for row, chunk in enumerate(chunks):
-            self._fill_chunk(arrays, row, chunk)
+        for device, of_device in enumerate(plan):
+            for row, chunk in enumerate(of_device, start=device * rows):
+                fill_chunk(arrays, row, chunk)
         load, seconds = self.runner.read(arrays)
         self._add_load(load)
-        self._measure((rows, tokens), seconds)
+        self._pace.was_read((rows, tokens), seconds)
         self._counters.prefill_seconds += seconds
-        for chunk in chunks:
-            self.scheduler.was_read(chunk)
+        for of_device in plan:
+            for chunk in of_device:
+                self.scheduler.was_read(chunk)
 
     def _move_pages(self) -> None:
-        (moves,) = self.scheduler.take_moves()
-        self.runner.move(moves)
+        self.runner.move(self.scheduler.take_moves())
 
-    def _choose_shape(self, left: list[int], is_decoding: bool) -> tuple[int, int]:
-        """The shape that reads most tokens a second; while others decode, of those that take no
-        longer than a decode call."""
-        shapes, seconds = self._chunk_shapes, self._seconds
-        if is_decoding and (limit := self._seconds.get("decode")):
-            allowed = [shape for shape in shapes if seconds[shape] <= limit]
-            shapes = allowed or [min(shapes, key=lambda shape: seconds[shape])]
-
-        def rate(shape: tuple[int, int]) -> float:
-            rows, tokens = shape
-            return sum(min(tokens, n) for n in left[:rows]) / seconds[shape]
-
-        return max(shapes, key=rate)
-
-    def _fill_chunk(self, arrays, row: int, chunk: Chunk) -> None:
-        sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
-        arrays.tokens[row, : chunk.count] = sequence.tokens[start:end]
-        arrays.next_tokens[row, : chunk.count] = sequence.tokens[start + 1 : end + 1]
-        arrays.start[row], arrays.count[row] = start, chunk.count
-        pages = sequence.holding.pages
-        arrays.table[row, : len(pages)] = pages
+    def _place_experts(self) -> None:
+        due = None if self.balance is None else self.balance.next_layer()
+        if due is not None:
+            self.runner.place_experts(*due)
 
     # Handing over
 
@@ -248,7 +260,7 @@ class Engine:
             numbers = sequence.holding.pages[: -(-sequence.cached // self.serve.page_size)]
             pages = ()
             if numbers:  # none of a single token
-                content = self.runner.read_pages(numbers)
+                content = self.runner.read_pages(numbers, sequence.device)
                 pages = tuple(np.moveaxis(content, 1, 0))
             made = tuple(sequence.tokens[len(sequence.request.prompt) :])
             handover = Handover(sequence.request, made, sequence.found, pages)
@@ -262,7 +274,7 @@ class Engine:
         brought = handover.pages[first:]
         if brought:
             numbers = sequence.holding.pages[first : first + len(brought)]
-            self.runner.write_pages(numbers, np.stack(brought, axis=1))
+            self.runner.write_pages(numbers, np.stack(brought, axis=1), sequence.device)
         self.scheduler.was_brought(sequence, len(sequence.tokens) - 1)
 
     # Decoding
@@ -272,7 +284,7 @@ class Engine:
         ready = [s for s in self.scheduler.sequences if not s.is_reading]
         if not ready:
             return
-        has_edits = any(_is_edited(s.request) for s in ready)
+        has_edits = any(is_edited(s.request) for s in ready)
         if any(s.request.constraint is not None for s in ready):
             steps = 1
         per_step = 2 if self.runner.guesses and not has_edits else 1
@@ -285,7 +297,8 @@ class Engine:
         guesses = per_step == 2 and payoff.is_on
         arrays = self.runner.empty_rows(size)
         for row, sequence in rows_of.items():
-            self._fill_row(arrays, row, sequence)
+            guess = self._guess.get(sequence.request.id, NO_TOKEN)
+            fill_row(arrays, row, sequence, guess)
         edits = self._edit_rows(rows_of, size) if has_edits else None
         decoded, seconds = self.runner.decode(arrays, steps, guesses, edits)
         self._note(decoded, seconds, payoff, guesses, has_edits)
@@ -297,27 +310,18 @@ class Engine:
     def _assign_rows(
         self, ready: Many[Sequence], has_edits: bool
     ) -> tuple[dict[int, Sequence], int]:
-        """A row for each sequence, and how many rows: its slot where logits are edited, for their
-        state is kept by slot, else side by side in as few rows as are compiled."""
+        """A row for each sequence, and how many rows a device has: its slot where logits are
+        edited, for their state is kept by slot, else side by side in as few as are compiled."""
+        slots = self.serve.slots
         if has_edits:
-            return {sequence.slot: sequence for sequence in ready}, self.serve.slots
-        size = next(size for size in self._decode_sizes if size >= len(ready))
-        return dict(enumerate(ready)), size
-
-    def _fill_row(self, arrays, row: int, sequence: Sequence) -> None:
-        request, sampling = sequence.request, sequence.request.sampling
-        arrays.is_active[row] = True
-        arrays.token[row] = sequence.tokens[-1]
-        arrays.position[row] = len(sequence.tokens) - 1
-        arrays.guess[row] = self._guess.get(request.id, NO_TOKEN)
-        arrays.made[row], arrays.limit[row] = sequence.made, request.max_tokens
-        arrays.stop_tokens[row, : len(request.stop_tokens)] = request.stop_tokens
-        pages = sequence.holding.pages
-        arrays.table[row, : len(pages)] = pages
-        arrays.temperature[row], arrays.min_p[row] = sampling.temperature, sampling.min_p
-        arrays.top_k[row], arrays.top_p[row] = sampling.top_k, sampling.top_p
-        if sampling.temperature > 0:
-            arrays.key_data[row] = _key_data(sampling.seed)
+            return {s.device * slots + s.slot: s for s in ready}, slots
+        here: list[list[Sequence]] = [[] for _ in self.scheduler.pools]
+        for sequence in ready:
+            here[sequence.device].append(sequence)
+        most = max(map(len, here))
+        size = next(size for size in self._decode_sizes if size >= most)
+        rows = ((d * size + i, s) for d, of in enumerate(here) for i, s in enumerate(of))
+        return dict(rows), size
 
     def _edit_rows(self, rows_of: dict[int, Sequence], size: int) -> EditRows:
         arrays, vocab = self.runner.empty_edits(size), self.config.vocab_size
@@ -326,7 +330,7 @@ class Engine:
             if self._edits_of.get(row) != (request.id, len(sequence.tokens)):
                 counts, in_prompt = np.zeros((vocab,), np.int32), np.zeros((vocab,), bool)
                 bias = np.zeros((vocab,), np.float32)
-                if _is_edited(request):
+                if is_edited(request):
                     np.add.at(counts, sequence.tokens[len(request.prompt) :], 1)
                     in_prompt[list(request.prompt)] = True
                     for token, value in sampling.logit_bias:
@@ -342,11 +346,7 @@ class Engine:
     def _take_tokens(self, sequence: Sequence, decoded, row: int) -> None:
         request = sequence.request
         tokens = [int(t) for t in decoded.tokens[row] if t != NO_TOKEN]
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if request.sampling.logprobs is not None:
-            logprobs = tuple(
-                _logprobs(decoded, row, i, tokens[i], request) for i in range(len(tokens))
-            )
+        logprobs = row_logprobs(decoded, row, tokens, request)
         if request.constraint is not None:
             for token in tokens:
                 if token not in request.stop_tokens:
@@ -370,19 +370,28 @@ class Engine:
         counters.drafted_tokens += int(decoded.guessed)
         counters.accepted_tokens += int(decoded.right)
         self._add_load(decoded.load)
-        self._measure("decode", seconds)
+        self._pace.was_decoded(seconds)
         if self.runner.guesses and not edits and steps:
             payoff.add(guesses, seconds / steps, int(decoded.guessed), int(decoded.right), steps)
-
-    def _measure(self, what: object, seconds: float) -> None:
-        """Running means, quicker to rise: chunks take longer as a prompt goes on."""
-        before = self._seconds.get(what, seconds)
-        weight = 0.5 if seconds > before else 0.2
-        self._seconds[what] = before + weight * (seconds - before)
 
     def _add_load(self, load: np.ndarray | None) -> None:
         if load is not None:
             self._load += load.sum(axis=0)
+            if self.balance is not None:
+                self.balance.add(load)
+
+
+def _balance(runner: Runner, serve: ServeConfig, config: ModelConfig) -> ExpertBalance | None:
+    """None where experts stay where they are."""
+    if runner.placement is None:
+        return None
+    return ExpertBalance(
+        runner.placement,
+        groups=config.n_group,
+        nodes=int(runner.mesh.shape["node"]),
+        gpus=expert_devices(runner.mesh),
+        seconds=serve.rebalance_seconds,
+    )
 
 
 def longest_request(config: ModelConfig, serve: ServeConfig) -> int:
@@ -404,25 +413,6 @@ def check_tokens(request: Request, vocab: int) -> None:
     require(count <= STOP_TOKENS, "stop_tokens", count, f"at most {STOP_TOKENS} of them")
 
 
-def _logprobs(decoded, row: int, place: int, token: int, request: Request) -> TokenLogprobs:
-    count = request.sampling.logprobs or 0
-    top = zip(decoded.top_tokens[row, place], decoded.top_logprobs[row, place], strict=True)
-    alternatives = tuple((int(t), float(p)) for t, p in list(top)[:count])
-    return TokenLogprobs(token=token, logprob=float(decoded.logprobs[row, place]), top=alternatives)
-
-
-def _is_edited(request: Request) -> bool:
-    """Whether its logits are edited or looked at."""
-    s = request.sampling
-    penalties = s.presence_penalty, s.frequency_penalty, s.repetition_penalty - 1
-    return (
-        any(penalties)
-        or bool(s.logit_bias)
-        or s.logprobs is not None
-        or request.constraint is not None
-    )
-
-
 def _sizes(slots: int) -> list[int]:
     """Rows that decoding is compiled for: 1, 4, 16, ... and all slots.
 
@@ -438,8 +428,3 @@ def _chunk_shapes(chunk: int, longest: int) -> list[tuple[int, int]]:
     whole = min(chunk, longest)
     part, least = max(1, whole // 4), max(1, whole // 16)
     return sorted({(1, whole), (1, part), (LARGE_ROWS, part), (1, least)})
-
-
-def _key_data(seed: int) -> np.ndarray:
-    """Of the key that `generate` makes for a single prompt."""
-    return np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), 1))[0])

@@ -12,11 +12,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dsv3_jax.config.checks import require
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.inference import (
+    BY_TOKEN,
+    WHOLE,
+    agreement_axes,
+    on_mesh,
+    token_shards,
+    weight_specs,
+)
+from dsv3_jax.parallel.mesh import TOKEN_AXES
+from dsv3_jax.parallel.sharding import add_over
 from dsv3_jax.serve.sampler import SamplingParams, sample
 from dsv3_kernels.mla_decode.op import PAGE_SIZE
 from dsv3_kernels.target import is_hopper
@@ -41,6 +52,10 @@ class DecodeState(NamedTuple):
     made: Int[Array, " batch"]
     finished: Bool[Array, " batch"]
     keys: Key[Array, " batch"]
+
+
+OF_STATE = DecodeState(PartitionSpec(None, TOKEN_AXES), *[BY_TOKEN] * 5)  # pyright: ignore
+"""Which dim of each is split over a mesh."""
 
 
 def generate(
@@ -85,23 +100,28 @@ def stream(
     if not prompts or max_new_tokens == 0:
         return
     longest = max(len(prompt) for prompt in prompts)
-    rows = np.zeros((len(prompts), _round_up(longest)), np.int32)
-    for row, prompt in zip(rows, prompts, strict=True):
+    count = len(prompts)
+    # On a mesh each device has as many; what fills them up is finished before it begins.
+    filled = count if model.mesh is None else count + -count % token_shards(model.mesh)
+    rows = np.zeros((filled, _round_up(longest)), np.int32)
+    for row, prompt in zip(rows, prompts, strict=False):
         row[: len(prompt)] = prompt
-    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    lengths = np.array([*map(len, prompts), *[1] * (filled - count)], np.int32)
     capacity = max(_round_up(longest + max_new_tokens), rows.shape[1])
-    keys = jax.random.split(jax.random.key(params.seed), len(prompts))
+    keys = jax.random.split(jax.random.key(params.seed), count)
+    keys = jnp.concatenate([keys, jnp.repeat(keys[:1], filled - count)])
     params = replace(params, seed=0)  # static below: the programs serve every seed
-    state = _prefill(model, jnp.asarray(rows), lengths, keys, params=params, capacity=capacity)
+    arrays = jnp.asarray(rows), jnp.asarray(lengths), jnp.arange(filled) >= count, keys
+    state = _prefill(model, *arrays, params=params, capacity=capacity)
     layers = _unstack(model) if model.config.num_hidden_layers <= UNSTACKED_LAYERS else None
-    yield [[token] for token in np.asarray(state.last_token).tolist()]
+    yield [[token] for token in np.asarray(state.last_token)[:count].tolist()]
     left = max_new_tokens - 1
     while left > 0 and not bool(jnp.all(state.finished)):
         state, tokens = _decode(
             model, layers, state, jnp.asarray(left), params=params, steps=min(steps, DECODE_STEPS)
         )
         left -= tokens.shape[1]
-        yield [[t for t in row if t != NO_TOKEN] for row in np.asarray(tokens).tolist()]
+        yield [[t for t in row if t != NO_TOKEN] for row in np.asarray(tokens)[:count].tolist()]
 
 
 def check_prompts(
@@ -128,18 +148,26 @@ def _prefill(
     model: Transformer,
     rows: Int[Array, "batch padded"],
     lengths: Int[Array, " batch"],
+    finished: Bool[Array, " batch"],
     keys: Key[Array, " batch"],
     *,
     params: SamplingParams,
     capacity: int,
 ) -> DecodeState:
     """The cache of the prompts and the first new token of each."""
-    hidden, latents, _ = model.main_hidden(rows)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    cache = jnp.pad(latents, ((0, 0), (0, 0), (0, capacity - rows.shape[1]), (0, 0)))
-    made = jnp.zeros_like(lengths)
-    token = sample(model.logits(last)[:, 0], _step_keys(keys, made), params)
-    return DecodeState(cache, token, lengths, made + 1, _is_end(model, token), keys)
+
+    def prefill(model, rows, lengths, finished, keys):
+        hidden, latents, _ = model.main_hidden(rows)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        cache = jnp.pad(latents, ((0, 0), (0, 0), (0, capacity - rows.shape[1]), (0, 0)))
+        made = jnp.zeros_like(lengths)
+        token = sample(model.logits(last)[:, 0], _step_keys(keys, made), params)
+        return DecodeState(cache, token, lengths, made + 1, finished | _is_end(model, token), keys)
+
+    if model.mesh is not None:
+        in_specs = weight_specs(model), *[BY_TOKEN] * 4
+        prefill = on_mesh(prefill, model.mesh, in_specs, OF_STATE)
+    return prefill(model, rows, lengths, finished, keys)
 
 
 @partial(jax.jit, static_argnames=("params", "steps"), donate_argnames=("state",))
@@ -153,9 +181,23 @@ def _decode(
     steps: int,
 ) -> tuple[DecodeState, Int[Array, "batch steps"]]:
     """Up to min(steps, left) more tokens of every unfinished row; NO_TOKEN where there is none."""
+    decode = partial(_decode_rows, params, steps)
+    if model.mesh is not None:
+        of_weights = weight_specs(model), weight_specs(layers, expert_dim=0)
+        in_specs, out_specs = (*of_weights, OF_STATE, WHOLE), (OF_STATE, BY_TOKEN)
+        decode = on_mesh(decode, model.mesh, in_specs, out_specs)
+    return decode(model, layers, state, left)
+
+
+def _decode_rows(params, steps, model, layers, state, left):
+    """`_decode` of one device's rows."""
+    axes = () if model.mesh is None else agreement_axes(model.mesh)
+
+    def any_unfinished(state):
+        return add_over(axes, jnp.sum(~state.finished, dtype=jnp.int32)) > 0
 
     def step(carry):
-        count, state, tokens = carry
+        count, state, tokens, _ = carry
         hidden, cache = model.decode(
             state.last_token[:, None], state.position[:, None], state.cache, layers
         )
@@ -169,14 +211,15 @@ def _decode(
             state.finished | _is_end(model, token),
             state.keys,
         )
-        return count + 1, state, tokens
+        return count + 1, state, tokens, any_unfinished(state)
 
     def goes_on(carry):
-        count, state, _ = carry
-        return (count < jnp.minimum(steps, left)) & ~jnp.all(state.finished)
+        count, _, _, unfinished = carry
+        return (count < jnp.minimum(steps, left)) & unfinished
 
     tokens = jnp.full((state.position.shape[0], steps), NO_TOKEN, jnp.int32)
-    _, state, tokens = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, tokens))
+    start = jnp.int32(0), state, tokens, any_unfinished(state)
+    _, state, tokens, _ = jax.lax.while_loop(goes_on, step, start)
     return state, tokens
 
 

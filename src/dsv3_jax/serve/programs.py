@@ -6,6 +6,7 @@ requests' state; only the pages, and what edits logits, stay on the device.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import NewTokens, Pool
 from dsv3_jax.model.mtp import MultiTokenPredictor
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.sharding import add_over
 from dsv3_jax.serve.request import MAX_LOGPROBS
 from dsv3_jax.serve.sampler import RowEdits, RowParams, edit_logits, sample_rows, top_logprobs
 
@@ -103,6 +105,8 @@ class DecodeProgram:
     most_steps: int
     guesses: bool = False
     edits: bool = False
+    axes: tuple[str, ...] = ()
+    """Of the mesh whose devices, each with rows of its own, take every step together."""
 
     def __call__(
         self,
@@ -137,7 +141,7 @@ class DecodeProgram:
             guessed=jnp.int32(0),
             right=jnp.int32(0),
             step=jnp.int32(0),
-            goes_on=jnp.any(jnp.asarray(rows.is_active)),
+            goes_on=self._any(jnp.asarray(rows.is_active)),
         )
         keys: Any = jax.random.wrap_key_data(jnp.asarray(rows.key_data))
         sampling: Any = rows.temperature, rows.top_k, rows.top_p, rows.min_p
@@ -153,10 +157,9 @@ class DecodeProgram:
         decoded = Decoded(
             end.made.tokens,
             end.rows.guess,
-            end.guessed,
-            end.right,
+            *add_over(self.axes, (end.guessed, end.right)),
             end.step,
-            end.load,
+            add_over(self.axes, end.load),
             end.made.logprobs,
             end.made.top,
             end.made.top_tokens,
@@ -229,8 +232,12 @@ class DecodeProgram:
             guessed=carry.guessed + jnp.sum(looked_at, dtype=jnp.int32),
             right=carry.right + jnp.sum(is_right, dtype=jnp.int32),
             step=carry.step + 1,
-            goes_on=jnp.any(is_active),
+            goes_on=self._any(is_active),
         )
+
+    def _any(self, is_active: Bool[Array, " rows"]) -> Bool[Array, ""]:
+        """Whether a row of any device is active."""
+        return add_over(self.axes, jnp.sum(is_active, dtype=jnp.int32)) > 0
 
     def _ends(self, rows: Any, token: Int[Array, " rows"], number: int):
         """Whether a row's token, the `number`-th of this step, is its last."""
@@ -289,16 +296,17 @@ def read_chunks(
     rows: ChunkRows,
     *,
     guesses: bool,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Pool, Float[Array, "moe_layers experts"] | None]:
     """The cache with the chunks' latents, if it `guesses` the MTP module's too, and the experts'
-    load."""
+    load over the devices of `axes`."""
     tokens, next_tokens, start, count, table = (jnp.asarray(array) for array in rows)
     offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     new = NewTokens(start[:, None] + offsets, offsets < count[:, None], table)
     hidden, pool, load = weights.model.extend(tokens, pool, new, weights.layers)
     if guesses:
         _, pool = weights.model.extend_mtp(hidden, next_tokens, pool, new, weights.mtp)
-    return pool, load
+    return pool, add_over(axes, load)
 
 
 def set_edit_row(
@@ -308,9 +316,44 @@ def set_edit_row(
     in_prompt: Bool[Array, " vocab"],
     bias: Float[Array, " vocab"],
 ) -> EditState:
-    """The state with one row set."""
+    """The state with one row set, none where there is no such row."""
     return EditState(
-        state.counts.at[row].set(counts),
-        state.in_prompt.at[row].set(in_prompt),
-        state.bias.at[row].set(bias),
+        state.counts.at[row].set(counts, mode="drop"),
+        state.in_prompt.at[row].set(in_prompt, mode="drop"),
+        state.bias.at[row].set(bias, mode="drop"),
     )
+
+
+def empty_decode_rows(rows: int, max_pages: int) -> DecodeRows:
+    """Rows without a request."""
+    ints = partial(np.zeros, dtype=np.int32)
+    floats = partial(np.zeros, dtype=np.float32)
+    return DecodeRows(
+        is_active=np.zeros((rows,), bool),
+        token=ints(rows),
+        position=ints(rows),
+        guess=ints(rows) - 1,
+        made=ints(rows),
+        limit=ints(rows),
+        stop_tokens=ints((rows, STOP_TOKENS)) - 1,
+        table=ints((rows, max_pages)),
+        temperature=floats(rows),
+        top_k=ints(rows),
+        top_p=floats(rows) + 1,
+        min_p=floats(rows),
+        key_data=np.zeros((rows, 2), np.uint32),
+    )
+
+
+def empty_chunk_rows(rows: int, tokens: int, max_pages: int) -> ChunkRows:
+    """Rows without a prompt."""
+    ints = partial(np.zeros, dtype=np.int32)
+    shape = rows, tokens
+    return ChunkRows(ints(shape), ints(shape), ints(rows), ints(rows), ints((rows, max_pages)))
+
+
+def empty_edit_rows(rows: int, vocab: int) -> EditRows:
+    """Nothing is edited."""
+    allowed = np.full((rows, -(-vocab // 32)), 2**32 - 1, np.uint32)
+    presence, frequency = np.zeros((2, rows), np.float32)
+    return EditRows(allowed, presence, frequency, np.ones((rows,), np.float32))

@@ -148,6 +148,10 @@ class EngineStatistics:
     decode_seconds: float = 0.0
     expert_load: tuple[float, ...] = field(default=())
     """Tokens to each expert, over all layers, since the start."""
+    expert_placements: int = 0
+    """How often experts were placed anew by their load."""
+    device_load_max_over_mean: float = 1.0
+    """Tokens to the experts of the fullest device over the mean, where experts are placed."""
     is_speculating: bool = False
 
 

@@ -12,7 +12,7 @@ from dsv3_jax.model.experts import make_dispatcher
 from dsv3_jax.model.router import SelectionBias
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.sharding import STACKS
-from dsv3_jax.parallel.wire import PACKINGS, Wire
+from dsv3_jax.parallel.wire import wire_of
 from dsv3_jax.quant.recipe import make_recipe
 from dsv3_jax.train.optimizer import Moments, init_moments
 
@@ -29,8 +29,7 @@ class TrainState(NamedTuple):
 def build_model(config: RunConfig, rngs: nnx.Rngs) -> Transformer:
     """The run's model in FP32, initialised from `rngs`."""
     recipe = make_recipe(config.precision.recipe, config.precision.rules)
-    formats = config.precision
-    wire = Wire(PACKINGS[formats.dispatch_format], PACKINGS[formats.combine])
+    wire = wire_of(config.precision)
     in_pipeline = config.parallel.pipe > 1  # which chooses itself what backward computes again
     return Transformer(
         config.model,

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ModelConfig, ParallelConfig, ServerConfig
 from dsv3_jax.serve.disaggregated.coordinator import Coordinator
 from dsv3_jax.serve.request import Backend, Output, Request, SamplingParams
 from tests.programs import QUICK
@@ -57,10 +57,13 @@ class Deliveries:
         assert not self.wrong
 
 
-def started(config: ModelConfig, **changes) -> tuple[Coordinator, Deliveries]:
+def started(
+    config: ModelConfig, parallel: ParallelConfig | None = None, **changes
+) -> tuple[Coordinator, Deliveries]:
     serve = dataclasses.replace(SERVE, **changes)
     load = partial(make_model, config)
-    coordinator = Coordinator(config, serve, load, compiler_options=QUICK)
+    server = ServerConfig(serve=serve, parallel=parallel or ParallelConfig())
+    coordinator = Coordinator(config, server, load, compiler_options=QUICK)
     deliveries = Deliveries()
     coordinator.start(deliveries)
     return coordinator, deliveries
@@ -167,7 +170,7 @@ def test_what_could_never_be_served_is_refused_at_once(served):
         coordinator.submit(Request(id="x", prompt=(1,) * 90, max_tokens=7))
     wrong = dataclasses.replace(SERVE, max_seq_len=97)
     with pytest.raises(ValueError, match=r"serve\.max_seq_len is 97, expected at most"):
-        Coordinator(CONFIG, wrong, make_model)
+        Coordinator(CONFIG, ServerConfig(serve=wrong), make_model)
 
 
 def refuse():
@@ -176,7 +179,7 @@ def refuse():
 
 @pytest.mark.slow
 def test_units_that_cannot_start_are_said_to():
-    coordinator = Coordinator(CONFIG, SERVE, refuse)
+    coordinator = Coordinator(CONFIG, ServerConfig(serve=SERVE), refuse)
     with pytest.raises(RuntimeError, match="cannot run: the checkpoint is damaged, expected"):
         coordinator.start(Deliveries())
     assert "no " in coordinator.failure() and "unit can be started" in coordinator.failure()
@@ -187,7 +190,10 @@ def test_units_that_cannot_start_are_said_to():
 
 @pytest.mark.slow
 def test_stopped_while_its_units_start():
-    coordinator, failures = Coordinator(CONFIG, SERVE, partial(time.sleep, 60)), []
+    coordinator, failures = (
+        Coordinator(CONFIG, ServerConfig(serve=SERVE), partial(time.sleep, 60)),
+        [],
+    )
 
     def start():
         with pytest.raises(RuntimeError, match="stopped while units were starting"):

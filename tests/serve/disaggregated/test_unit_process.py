@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from dsv3_jax.config import ServerConfig
 from dsv3_jax.serve.disaggregated.messages import Beat, Kind, Start
 from dsv3_jax.serve.disaggregated.unit_process import Lost, UnitProcess
 from tests.serve.disaggregated.tiny import SERVE
@@ -17,7 +18,9 @@ START = Start(
     name="decode-0",
     kind=Kind.DECODE,
     load=partial(time.sleep, 60),
-    serve=SERVE,
+    server=ServerConfig(serve=SERVE),
+    first_device=0,
+    experts=0,
     transfer_key=b"key",
     compiler_options=None,
 )

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import ServerConfig, apply_overrides
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.serve.server.command import Loaded, run
 from dsv3_jax.serve.server.options import add_arguments
@@ -20,7 +20,7 @@ class BrokenBackend(FakeBackend):
         raise MemoryError("there is none left")
 
 
-def load(path: Path, config: RunConfig) -> Loaded:
+def load(path: Path, config: ServerConfig) -> Loaded:
     is_broken = path.name == "broken"
     tokenizer = load_tokenizer(path.parent if is_broken else path)
     backend = (BrokenBackend if is_broken else FakeBackend)(
@@ -42,4 +42,5 @@ def load(path: Path, config: RunConfig) -> Loaded:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    sys.exit(run(parser.parse_args(), load))
+    options = parser.parse_args()
+    sys.exit(run(options, apply_overrides(ServerConfig(), options.set), load))

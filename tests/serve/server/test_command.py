@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dsv3_jax.config import RunConfig
+from dsv3_jax.config import ServerConfig, apply_overrides
 from dsv3_jax.serve.server.command import _bound_socket, run
 from dsv3_jax.serve.server.options import add_arguments
 from tests.serve.server.served_program import load
@@ -113,31 +113,30 @@ def test_an_engine_that_does_not_start_is_exit_code_1(start, checkpoint):
     )
 
 
-def options_of(*arguments):
+def run_with(load, *arguments):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    return run(options, apply_overrides(ServerConfig(), options.set), load)
 
 
 def test_wrong_options_are_said_before_the_model_is_loaded(checkpoint):
-    def never(path: Path, config: RunConfig):
+    def never(path: Path, config: ServerConfig):
         raise AssertionError("the model was loaded")
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with pytest.raises(ValueError, match=rf"--port {port}: .*expected a free address"):
-            run(options_of("x", "--port", port), never)
+            run_with(never, "x", "--port", port)
     with pytest.raises(ValueError, match=r"--port is 70000, expected a number from 0 to 65535"):
-        run(options_of("x", "--port", "70000"), never)
+        run_with(never, "x", "--port", "70000")
     with pytest.raises(ValueError, match=r"--host is 'no\.such\.host\.invalid', expected"):
-        run(options_of("x", "--host", "no.such.host.invalid"), never)
+        run_with(never, "x", "--host", "no.such.host.invalid")
     with pytest.raises(ValueError, match=r"serve\.slots is 0, expected a number of at least 1"):
-        run(options_of("x", "--set", "serve.slots=0"), never)
+        run_with(never, "x", "--set", "serve.slots=0")
     keys = checkpoint / "none.jsonl"
     with pytest.raises(ValueError, match=r"none\.jsonl: .*expected a file of API keys"):
-        run(
-            options_of(str(checkpoint), "--port", "0", "--set", f"serve.api_keys_file={keys}"), load
-        )
+        run_with(load, str(checkpoint), "--port", "0", "--set", f"serve.api_keys_file={keys}")
 
 
 def test_both_kinds_of_addresses():

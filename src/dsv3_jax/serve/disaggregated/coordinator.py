@@ -8,7 +8,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
-from dsv3_jax.config import ModelConfig, ServeConfig
+from dsv3_jax.config import ModelConfig, ServerConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.serve.disaggregated.dispatch import Dispatcher, Ended, Job
 from dsv3_jax.serve.disaggregated.messages import (
@@ -47,6 +47,7 @@ COUNTERS = (
     "drafted_tokens",
     "accepted_tokens",
     "preemptions",
+    "expert_placements",
     "compilations",
     "prefill_seconds",
     "decode_seconds",
@@ -65,12 +66,15 @@ class Coordinator:
     def __init__(
         self,
         config: ModelConfig,
-        serve: ServeConfig,
-        load: Callable[[], Any],
+        server: ServerConfig,
+        load: Callable[..., Any],
         *,
         compiler_options: dict[str, Any] | None = None,
     ):
+        server.check_model(config)
+        serve = server.serve
         self._config, self._serve = config, serve
+        self._decode_devices = server.parallel.num_devices
         self._longest = longest_request(config, serve)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -88,17 +92,25 @@ class Coordinator:
         self._thread = threading.Thread(target=self._hand_out, name="delivery", daemon=True)
         key = secrets.token_bytes(32)
         counts = {Kind.PREFILL: serve.prefill_units, Kind.DECODE: serve.decode_units}
+        alone = replace(server, serve=replace(serve, disaggregated=False, prefill_mesh=None))
+        of_kind = {
+            Kind.PREFILL: replace(alone, parallel=server.prefill_parallel),
+            Kind.DECODE: alone,
+        }
+        kinds = [kind for kind, count in counts.items() for _ in range(count)]
+        sizes = [of_kind[kind].parallel.num_devices for kind in kinds]
         starts = [
             Start(
-                name=f"{kind}-{number}",
+                name=f"{kind}-{kinds[:number].count(kind)}",
                 kind=kind,
                 load=load,
-                serve=serve,
+                server=of_kind[kind],
+                first_device=sum(sizes[:number]),
+                experts=config.n_routed_experts,
                 transfer_key=key,
                 compiler_options=compiler_options,
             )
-            for kind, count in counts.items()
-            for number in range(count)
+            for number, kind in enumerate(kinds)
         ]
         self.units = {start.name: UnitProcess(start, self._hear) for start in starts}
 
@@ -153,11 +165,14 @@ class Coordinator:
         return replace(
             total,
             waiting=waiting + gauges.pop("waiting"),
-            slots=self._serve.slots * self._serve.decode_units,
+            slots=self._serve.slots * self._decode_devices * self._serve.decode_units,
             cache_bytes_per_token=max((u.cache_bytes_per_token for u in units), default=0),
             finished=finished,
             cancelled=cancelled,
             is_speculating=any(unit.is_speculating for unit in decoding),
+            device_load_max_over_mean=max(
+                (unit.device_load_max_over_mean for unit in units), default=1.0
+            ),
             **gauges,
         )
 

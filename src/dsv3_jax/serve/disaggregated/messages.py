@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt32
 
-from dsv3_jax.config import ServeConfig
+from dsv3_jax.config import ServerConfig
 from dsv3_jax.serve.request import EngineStatistics, Output, Request
 
 Address = tuple[str, int]
@@ -30,9 +30,14 @@ class Start:
 
     name: str
     kind: Kind
-    load: Callable[[], Any]
-    """Makes the `Transformer`."""
-    serve: ServeConfig
+    load: Callable[..., Any]
+    """Makes the `Transformer`; on a mesh where it is given one."""
+    server: ServerConfig
+    """With the unit's own mesh."""
+    first_device: int
+    """Of the machine's, from which on the unit has its own."""
+    experts: int
+    """Routed ones of the model."""
     transfer_key: bytes
     """That units know each other by."""
     compiler_options: dict[str, Any] | None

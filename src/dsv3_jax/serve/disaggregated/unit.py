@@ -38,6 +38,7 @@ from dsv3_jax.serve.disaggregated.messages import (
 )
 from dsv3_jax.serve.disaggregated.transfer import Receiver, Sender
 from dsv3_jax.serve.engine import Engine
+from dsv3_jax.serve.load_engine import load_engine
 from dsv3_jax.serve.request import EngineStatistics
 
 BEAT_SECONDS = 1.0
@@ -53,9 +54,10 @@ def main() -> None:
         return
     start = channel.start
     try:
-        engine = Engine(
-            start.load(),
-            start.serve,
+        engine = load_engine(
+            start.load,
+            start.server,
+            start.experts,
             hands_over=start.kind is Kind.PREFILL,
             compiler_options=start.compiler_options,
         )
@@ -76,7 +78,7 @@ def serve_prefill(engine: Engine, channel: "Channel") -> None:
     def failed(request_id: str, reason: str) -> None:
         channel.send(NotHandedOver(request_id, reason))
 
-    channel.ready(engine, engine.serve.slots, None)
+    channel.ready(engine, engine.statistics().slots, None)
     while True:
         for message in channel.take(waits=not engine.has_work):
             match message:
@@ -102,7 +104,7 @@ def serve_decode(engine: Engine, channel: "Channel") -> None:
         channel.put(handover)
 
     receiver = Receiver(channel.start.transfer_key, engine.layout(), arrived)
-    slots = engine.serve.slots
+    slots = engine.statistics().slots
     # Some more than there are slots, so that the next is there when one ends.
     channel.ready(engine, slots + max(1, slots // 4), receiver.address)
     while True:

@@ -8,12 +8,13 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+from dsv3_jax.config.parallel import ParallelConfig, simulated_devices
 from dsv3_jax.serve.disaggregated.messages import Beat, Ready, Refused, Start
 
 START_SECONDS = 180
@@ -27,6 +28,7 @@ BACK_OFF_SECONDS = 0.5
 """Before the first restart; doubled with each start that fails."""
 MOST_BACK_OFF_SECONDS = 30
 MOST_FAILED_STARTS = 5
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 MODULE = "dsv3_jax.serve.disaggregated.unit"
 _log = logging.getLogger("dsv3_jax.serve")
 
@@ -59,6 +61,7 @@ class UnitProcess:
     def __init__(self, start: Start, heard: Callable[[str, Any], None]):
         self.name, self.kind = start.name, start.kind
         self._start = pickle.dumps(start)
+        self._devices = device_environment(start.server.parallel, start.first_device, os.environ)
         self._heard = heard
         self._outbox: SimpleQueue[Any] = SimpleQueue()
         self._socket: socket.socket | None = None
@@ -112,7 +115,7 @@ class UnitProcess:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                process = _spawn(theirs.fileno())
+                process = _spawn(theirs.fileno(), self._devices)
             with self._lock:
                 self._socket, self._process = ours, process
                 if self._stopped.is_set():
@@ -160,14 +163,28 @@ class UnitProcess:
         return _Life(was_ready, refusal is not None, end)
 
 
-def _spawn(file_descriptor: int) -> subprocess.Popen:
+def device_environment(
+    parallel: ParallelConfig, first: int, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Variables for a unit that is to see simulated devices, or GPUs of its own: as many as it has
+    in its mesh, from number `first` on of those that this process may use."""
+    count = parallel.num_devices
+    if parallel.simulated_devices:
+        return simulated_devices(count, environment)
+    visible = environment.get(VISIBLE_GPUS, "")
+    mine = visible.split(",") if visible else [str(i) for i in range(first + count)]
+    return {VISIBLE_GPUS: ",".join(mine[first : first + count])}
+
+
+def _spawn(file_descriptor: int, devices: dict[str, str]) -> subprocess.Popen:
     """A unit at one end of a socket pair. It imports what this process can."""
+    path = os.pathsep.join(part or os.getcwd() for part in sys.path)
     return subprocess.Popen(
         [sys.executable, "-m", MODULE, str(file_descriptor)],
         pass_fds=[file_descriptor],
         stdin=subprocess.DEVNULL,
         stdout=2,  # the server's standard output is for what it says itself
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        env=os.environ | devices | {"PYTHONPATH": path},
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
-from dsv3_jax.config import RunConfig, apply_overrides
+from dsv3_jax.config import ServerConfig
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.serve.request import Backend
 from dsv3_jax.serve.server.api import Api
@@ -39,15 +39,13 @@ class Loaded:
     stop_tokens: tuple[int, ...]
 
 
-def run(options: argparse.Namespace, load: Callable[[Path, RunConfig], Loaded]) -> int:
+def run(
+    options: argparse.Namespace, config: ServerConfig, load: Callable[[Path, ServerConfig], Loaded]
+) -> int:
     """Serves until SIGTERM or SIGINT; 0, or 1 where the engine could not start.
 
     Raises ValueError for options that cannot be. What is wrong is said before the model is loaded.
     """
-    config = apply_overrides(RunConfig(), options.set)
-    for setting in options.set:  # the model is the checkpoint's, and on one device
-        if not setting.strip().startswith("serve."):
-            raise ValueError(f"--set is {setting!r}, expected serve.field=value")
     with _bound_socket(options.host, options.port) as listener:
         loaded = load(Path(options.checkpoint), config)
         template = load_template(loaded.directory, loaded.tokenizer)

@@ -21,6 +21,7 @@ GAUGES = {
     "pages_cached": "Pages that wait for a prompt that begins alike.",
     "host_pages_cached": "Such pages in host memory.",
     "cache_bytes_per_token": "Bytes of the cache for a token, over all layers.",
+    "device_load_max_over_mean": "The busiest device's tokens to experts over the mean.",
     "is_speculating": "1 while MTP drafts tokens.",
 }
 COUNTERS = {
@@ -32,6 +33,7 @@ COUNTERS = {
     "accepted_tokens": "Drafts that were right.",
     "preemptions": "Requests that gave up their pages for a while.",
     "cancelled": "Requests that were cancelled.",
+    "expert_placements": "How often experts were placed anew by load.",
     "compilations": "Of the model's programs; constant after warm-up.",
     "prefill_seconds": "Time spent on prompts.",
     "decode_seconds": "Time spent on answers.",
