@@ -315,8 +315,11 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_serve(options: argparse.Namespace) -> int:
     """`dsv3 serve`."""
     config = apply_overrides(ServerConfig(), options.set)
-    if not config.serve.disaggregated:  # units simulate their own
-        simulate_devices(config.parallel.simulated_devices)
+    serve_config, devices = config.serve, config.parallel.simulated_devices
+    if serve_config.disaggregated:  # processes of units simulate their own
+        of_prefill = config.prefill_parallel.simulated_devices
+        devices = 0 if serve_config.unit_processes else of_prefill + devices
+    simulate_devices(devices)
 
     from dsv3_jax.serve.server.command import run as serve
 
@@ -328,6 +331,7 @@ def _load_to_serve(path: Path, config: ServerConfig):
     from dsv3_jax.data.tokenizer import load_tokenizer
     from dsv3_jax.export.load import find_tokenizer, load, read_model_config
     from dsv3_jax.serve.disaggregated.coordinator import Coordinator
+    from dsv3_jax.serve.disaggregated.one_process import load_two_meshes
     from dsv3_jax.serve.engine_thread import EngineThread
     from dsv3_jax.serve.load_engine import load_engine
     from dsv3_jax.serve.server.command import Loaded
@@ -338,10 +342,11 @@ def _load_to_serve(path: Path, config: ServerConfig):
     model_config = read_model_config(path)
     config.check_model(model_config)
     load_model = partial(load, path, dtype=config.serve.dtype)
-    if config.serve.disaggregated:  # each unit loads it
+    if config.serve.disaggregated and config.serve.unit_processes:  # each unit loads it
         backend = Coordinator(model_config, config, load_model)
     else:
-        backend = EngineThread(load_engine(load_model, config, model_config.n_routed_experts))
+        load_whole = load_two_meshes if config.serve.disaggregated else load_engine
+        backend = EngineThread(load_whole(load_model, config, model_config.n_routed_experts))
     return Loaded(
         backend=backend,
         tokenizer=load_tokenizer(file, model_config.vocab_size),

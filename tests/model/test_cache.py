@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import chunked_attention
 from dsv3_jax.model.cache import (
     NewTokens,
     copy_pages,
@@ -48,8 +49,8 @@ def model() -> Transformer:
     return Transformer(CONFIG, rngs=nnx.Rngs(0))
 
 
-def read_in_chunks(model, tokens, table, layers):
-    """Hidden states and loads of `CHUNKS`, and the pool."""
+def read_in_chunks(model, tokens, table, layers, chunks=CHUNKS):
+    """Hidden states and loads of `chunks`, and the pool."""
 
     @quick_jit
     def extend(model, layers, tokens, pool, new):
@@ -57,7 +58,7 @@ def read_in_chunks(model, tokens, table, layers):
 
     pool = empty_pool(CONFIG, "fp32", model.cached_layers, PAGES, PAGE_SIZE)
     start, hidden, load = 0, [], 0
-    for count in CHUNKS:
+    for count in chunks:
         positions = start + np.arange(count)[None].repeat(2, 0)
         valid = positions < LENGTH
         part = tokens[np.arange(2)[:, None], np.minimum(positions, LENGTH - 1)]
@@ -93,6 +94,14 @@ def test_chunks_of_any_length_equal_the_whole_forward(model, tokens, whole, is_u
         np.testing.assert_allclose(rows, whole[1][layer], atol=2e-6)
     unused = np.setdiff1d(np.arange(PAGES), table)
     assert not np.any(np.asarray(pool)[unused])  # padding was written nowhere
+
+
+def test_what_is_cached_before_a_chunk_comes_in_blocks(model, tokens, whole, monkeypatch):
+    """Twelve tokens, of which the second block of eight has four."""
+    monkeypatch.setattr(chunked_attention, "BLOCK", 8)
+    table = np.random.default_rng(1).permutation(PAGES)[:10].reshape(2, 5).astype(np.int32)
+    hidden, _, _ = read_in_chunks(model, tokens, table, None, chunks=(12, 28))
+    np.testing.assert_allclose(hidden, whole[0], atol=2e-6)
 
 
 def test_another_table_is_seen(model, tokens, whole):

@@ -55,6 +55,20 @@ def test_every_row_reaches_every_peer_it_needs_once(exchange):
     assert received == [[row for row in range(rows) if p in needed[row]] for p in range(peers)]
 
 
+@given(exchanges(), st.integers(0, 2))
+def test_a_plan_without_the_peers_that_a_row_does_not_go_to(exchange, index):
+    """Its slots are those of the whole plan, in the same order, in no more columns than experts."""
+    experts, peers, per_peer, capacity = exchange
+    wanted, top_k = wanted_by(experts, peers, per_peer), experts.shape[1]
+    whole = plan_round(wanted, index, capacity)
+    short = plan_round(wanted, index, capacity, most=top_k)
+    assert short.slot_row.tolist() == whole.slot_row.tolist()
+    assert short.row_slot.shape == (len(experts), min(top_k, peers))
+    nothing = peers * capacity
+    for few, all_of in zip(short.row_slot.tolist(), whole.row_slot.tolist(), strict=True):
+        assert [s for s in few if s < nothing] == [s for s in all_of if s < nothing]
+
+
 @given(exchanges())
 def test_experts_are_numbered_anew_by_their_holder(exchange):
     experts, peers, per_peer, _ = exchange

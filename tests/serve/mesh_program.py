@@ -25,6 +25,7 @@ from dsv3_jax.model.expert_slots import move_slots
 from dsv3_jax.model.spread import spread
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.parallel.inference import inference_mesh, on_mesh
+from dsv3_jax.serve import placed
 from dsv3_jax.serve.engine import Engine
 from dsv3_jax.serve.request import SamplingParams
 from tests.programs import QUICK
@@ -157,6 +158,16 @@ def serving(mesh: Mesh, how: ParallelConfig, **changes: Any) -> dict[str, Any]:
     }
 
 
+def stacked() -> dict[str, Any]:
+    """As models of many layers are served: the layers in stacks, which programs scan."""
+    placed.UNSTACKED_LAYERS = 0
+    try:
+        changes = {"redundant_experts": 4, "rebalance_seconds": 1e9, "speculative": False}
+        return serving(mesh_of(node=2, gpu=2), ParallelConfig(), **changes)
+    finally:
+        placed.UNSTACKED_LAYERS = 16
+
+
 PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "logits": logits,
     "fp8": fp8,
@@ -165,10 +176,10 @@ PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "engine, two hops": lambda: serving(
         mesh_of(node=2, gpu=2), ParallelConfig(), redundant_experts=4, rebalance_seconds=1e9
     ),
-    "engine, flat, data": lambda: serving(
-        mesh_of(data=2, gpu=2), ParallelConfig(dispatcher="flat"), rebalance_seconds=1e9
+    "engine, stacked": stacked,
+    "engine, experts in place": lambda: serving(
+        mesh_of(data=2, gpu=2), ParallelConfig(dispatcher="flat")
     ),
-    "engine, experts in place": lambda: serving(mesh_of(gpu=2), ParallelConfig()),
 }
 
 if __name__ == "__main__":

@@ -128,6 +128,28 @@ def test_nothing_is_compiled_while_requests_run(engine):
     assert not [event for event in compiled if "backend_compile" in event]
 
 
+def test_a_step_reads_as_often_as_the_pace_allows(model, engine, monkeypatch):
+    asked = []
+
+    def choose(left, decoding, spent):
+        asked.append((left, decoding, spent > 0))
+        return (1, 8) if len(asked) < 3 else None
+
+    requests = [Request(id=str(i), prompt=(7 + i, *range(20, 28)), max_tokens=3) for i in range(3)]
+    for request in requests:
+        engine.submit(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._pace, "choose", choose)
+        outputs = engine.step()
+    assert asked == [([[8, 8, 8]], 0, False), ([[8, 8]], 1, True), ([[8]], 2, True)]
+    assert {output.id for output in outputs} == {"0", "1"}  # one has its prompt to read
+    found = {output.id: list(output.tokens) for output in outputs}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.id] = found.get(output.id, []) + list(output.tokens)
+    assert found == expected(model, *requests)
+
+
 def test_a_wrong_latent_would_be_seen(model, engine):
     """The negative control: another page's content, and the answer is another."""
     request = random_requests(1, 4, [SamplingParams()])[0]

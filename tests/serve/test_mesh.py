@@ -38,17 +38,19 @@ def test_a_model_in_fp8_and_generated_answers():
 
 @pytest.mark.slow
 def test_an_engine_on_a_mesh_answers_as_generate_does():
-    names = "engine, two hops", "engine, flat, data", "engine, experts in place"
+    placed = "engine, two hops", "engine, stacked"
+    names = *placed, "engine, experts in place"
     of = found(*names)
     for name in names:
         report = of[name]
         assert report["right"], (name, report)
         assert report["compiled meanwhile"] == report["left"] == 0
         assert report["devices that served"] * 2 == report["slots"]
-        assert report["preemptions"] and report["prefixes found"] and report["right guesses"]
+        assert report["preemptions"] and report["prefixes found"]
+        assert bool(report["right guesses"]) == (name != "engine, stacked")
     assert of["engine, experts in place"]["placements"] == 0
-    for name, slots in {"engine, two hops": 12, "engine, flat, data": 8}.items():
+    for name in placed:
         assert of[name]["placements"] >= 2  # the first begins before any load
-        assert [sum(layer) for layer in of[name]["replicas"]] == [slots]
+        assert [sum(layer) for layer in of[name]["replicas"]] == [12]
     (replicas,) = of["engine, two hops"]["replicas"]
     assert replicas != [2, 2, 2, 2, 1, 1, 1, 1]  # as first placed

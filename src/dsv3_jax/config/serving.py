@@ -22,15 +22,17 @@ class ServeConfig:
     pages of finished requests wait for a prompt that begins alike, and up to `host_pages` more in
     host memory. `cache_dtype` is fp32, bf16, or fp8, 656 bytes a token and layer for DeepSeek-V3
     (None: the model's own). A prompt is read `prefill_chunk` tokens at a time, less while others
-    decode. `decode_steps` tokens are made between two looks at what has arrived. `speculative`
-    drafts with the MTP module, where there is one and it pays.
+    decode. Up to `decode_steps` steps are decoded between two looks at what has arrived; where they
+    take long, fewer (serve/pace.py). `speculative` drafts with the MTP module, where there is one
+    and it pays.
 
     A mesh holds `redundant_experts` more than the model has: the busiest ones several times. Every
     `rebalance_seconds` experts are placed anew by the load that was measured (None: never).
 
     `disaggregated` gives prefill and decode a process each, or more (`prefill_units`,
     `decode_units`), each on a mesh like `parallel`'s; `prefill_mesh` is the (data, node, gpu) of
-    prefill where it is another one.
+    prefill where it is another one. With `unit_processes` False the server's own process has both,
+    one of each: prefill on the first devices, decode on those after them.
 
     `api_keys_file` has the hashes of the keys that may ask, and their budgets; None lets anyone.
     Beyond `max_queue` waiting requests the next gets 429; so does one that would push the p95 of
@@ -47,7 +49,7 @@ class ServeConfig:
     page_size: int = 64
     max_seq_len: int | None = None
     prefill_chunk: int = 256
-    decode_steps: int = 4
+    decode_steps: int = 16
     cache_dtype: str | None = None
     dtype: str = "float32"
     prefix_cache: bool = True
@@ -56,6 +58,7 @@ class ServeConfig:
     disaggregated: bool = False
     prefill_units: int = 1
     decode_units: int = 1
+    unit_processes: bool = True
     prefill_mesh: tuple[int, ...] | None = None
     redundant_experts: int = 0
     rebalance_seconds: float | None = None
@@ -92,6 +95,12 @@ class ServeConfig:
         sizes = self.prefill_mesh
         is_mesh = sizes is None or (len(sizes) == 3 and min(sizes) >= 1)
         require(is_mesh, "serve.prefill_mesh", sizes, "None or the sizes of data, node and gpu")
+        if not self.unit_processes:
+            rule = "True where serve.disaggregated is False"
+            require(self.disaggregated, "serve.unit_processes", False, rule)
+            for name in ("prefill_units", "decode_units"):
+                value, rule = getattr(self, name), "1 where serve.unit_processes is False"
+                require(value == 1, f"serve.{name}", value, rule)
 
     @property
     def places_experts(self) -> bool:

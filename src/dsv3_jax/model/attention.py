@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.cache import NewTokens, Pool, write
-from dsv3_jax.model.chunked_attention import attend_to_cache
+from dsv3_jax.model.cache import NewTokens, Pool, packed, unpacked, write
+from dsv3_jax.model.chunked_attention import attend_to_prompt
 from dsv3_jax.model.linear import Linear, plain, product_of
 from dsv3_jax.model.norm import LATENT_NORM_EPS, RMSNorm
 from dsv3_jax.model.rope import Rotary, rotate, softmax_scale
@@ -126,10 +126,12 @@ class MultiHeadLatentAttention(nnx.Module):
         """New tokens of some requests attend to all of their cached tokens, themselves included:
         the output, and the pool with their latents in the layer's pages from `first_page` on."""
         v_dim = self.config.kv_lora_rank
-        pool = write(pool, self.compress(x, rotary), new, first_page, v_dim)
+        latents = self.compress(x, rotary)
+        pool = write(pool, latents, new, first_page, v_dim)
         new = new._replace(table=new.table + first_page)
         if x.shape[1] > (KERNEL_QUERIES if is_hopper() else self._break_even):
-            return self._attend_chunk(x, rotary, pool, new), pool
+            as_cached = unpacked(packed(latents, pool.dtype, v_dim), x.dtype, v_dim)
+            return self._attend_chunk(x, rotary, as_cached, pool, new), pool
 
         def attend(q: Float[Array, "batch queries heads latent"]):
             return mla_decode(q, pool, new.table, new.lengths, self.scale, v_dim=v_dim)[0]
@@ -158,16 +160,22 @@ class MultiHeadLatentAttention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
     def _attend_chunk(
-        self, x: Float[Array, "batch queries hidden"], rotary: Rotary, pool: Pool, new: NewTokens
+        self,
+        x: Float[Array, "batch queries hidden"],
+        rotary: Rotary,
+        latents: Float[Array, "batch queries latent"],
+        pool: Pool,
+        new: NewTokens,
     ) -> Float[Array, "batch queries hidden"]:
         """The expanded form, for many new tokens."""
-        heads, latent_dim = self.config.num_attention_heads, self.config.kv_lora_rank
+        heads, rank = self.config.num_attention_heads, self.config.kv_lora_rank
 
         def expand(latents: Float[Array, "batch tokens rank"]):
             return self.kv_b_proj(latents).reshape(*latents.shape[:2], heads, -1)
 
-        queries = self._queries(self._query_input(x), rotary)
-        out = attend_to_cache(*queries, expand, pool, new, scale=self.scale, latent_dim=latent_dim)
+        q = jnp.concatenate(self._queries(self._query_input(x), rotary), axis=-1)
+        sizes = {"scale": self.scale, "latent_dim": rank}
+        out = attend_to_prompt(q, latents, expand, pool, new, **sizes)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
     def _query_input(

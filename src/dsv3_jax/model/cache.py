@@ -8,10 +8,11 @@ dtype, or 8 bits a value (`dsv3_kernels.mla_decode`: 656 bytes instead of 1,152 
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dsv3_jax.config import ModelConfig
-from dsv3_kernels.mla_decode.op import pack_fp8, packed_bytes
+from dsv3_kernels.mla_decode.op import pack_fp8, packed_bytes, unpack_fp8
 
 Pool = Float[Array, "layer_pages page_size latent"] | UInt8[Array, "layer_pages page_size bytes"]
 CACHE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp8": jnp.uint8}
@@ -66,11 +67,28 @@ def write(
     page_size = pool.shape[1]
     page = jnp.take_along_axis(new.table, new.positions // page_size, axis=1, mode="clip")
     page = jnp.where(new.valid, page + first_page, pool.shape[0])  # beyond the end: dropped
-    if pool.dtype == jnp.uint8:
-        rows = pack_fp8(latents, v_dim=latent_dim)
-    else:
-        rows = latents.astype(pool.dtype)
+    rows = packed(latents, pool.dtype, latent_dim)
     return pool.at[page, new.positions % page_size].set(rows, mode="drop")
+
+
+def packed(
+    latents: Float[Array, "batch tokens latent"], dtype: DTypeLike, latent_dim: int
+) -> Float[Array, "batch tokens latent"] | UInt8[Array, "batch tokens bytes"]:
+    """Latents as a pool of that dtype has them."""
+    if dtype == jnp.uint8:
+        return pack_fp8(latents, v_dim=latent_dim)
+    return latents.astype(dtype)
+
+
+def unpacked(
+    rows: Float[Array, "batch tokens latent"] | UInt8[Array, "batch tokens bytes"],
+    dtype: DTypeLike,
+    latent_dim: int,
+) -> Float[Array, "batch tokens latent"]:
+    """The latents of a pool's rows."""
+    if rows.dtype == jnp.uint8:
+        return unpack_fp8(rows, dtype, v_dim=latent_dim)
+    return rows.astype(dtype)
 
 
 def copy_pages(

@@ -20,7 +20,7 @@ from dsv3_jax.parallel.inference import expert_devices
 from dsv3_jax.parallel.wire import Wire
 from dsv3_jax.serve.disaggregated.handover import Handover, Layout
 from dsv3_jax.serve.expert_balance import ExpertBalance
-from dsv3_jax.serve.pace import Pace
+from dsv3_jax.serve.pace import FIRST_STEPS, Pace
 from dsv3_jax.serve.pages import PagePool
 from dsv3_jax.serve.programs import NO_TOKEN, STOP_TOKENS, EditRows
 from dsv3_jax.serve.request import EngineStatistics, Output, Request
@@ -29,8 +29,8 @@ from dsv3_jax.serve.runner import Runner
 from dsv3_jax.serve.scheduler import Scheduler, Sequence
 from dsv3_jax.serve.speculative import Payoff
 
-LARGE_ROWS = 4
-"""Prompts that are read side by side, where they are short."""
+LARGE_ROWS, MANY_ROWS = 4, 16
+"""Prompts that are read side by side, where they are short, and where they are shorter still."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Engine:
         self.scheduler = Scheduler(pools, serve.slots, longest)
         self.balance = _balance(self.runner, serve, config)
         self._decode_sizes = _sizes(serve.slots)
-        self._chunk_shapes = _chunk_shapes(serve.prefill_chunk, longest)
+        self._chunk_shapes = _chunk_shapes(serve.prefill_chunk, longest, serve.slots)
         self._guess: dict[str, int] = {}
         # Of each row the request, and its number of tokens, that the device's edits are of.
         self._edits_of: dict[int, tuple[str, int]] = {}
@@ -153,6 +153,7 @@ class Engine:
     def step(self) -> list[Output]:
         """What a step added to requests."""
         for sequence in self.scheduler.admit():
+            self._pace.has_arrived()
             handover = self._brought.pop(sequence.request.id, None)
             if handover is not None:
                 self._bring(sequence, handover)
@@ -204,14 +205,21 @@ class Engine:
     # Reading prompts
 
     def _read_chunks(self) -> None:
-        sequences = list(self.scheduler.sequences)
-        reading = [s for s in sequences if s.is_reading]
-        if not reading:
-            return
-        left: list[list[int]] = [[] for _ in self.scheduler.pools]
-        for sequence in reading:
-            left[sequence.device].append(len(sequence.tokens) - 1 - sequence.cached)
-        rows, tokens = self._pace.choose(left, decoding=len(sequences) - len(reading))
+        spent = 0.0
+        while True:
+            sequences = list(self.scheduler.sequences)
+            left: list[list[int]] = [[] for _ in self.scheduler.pools]
+            reading = [s for s in sequences if s.is_reading]
+            for sequence in reading:
+                left[sequence.device].append(len(sequence.tokens) - 1 - sequence.cached)
+            decoding = len(sequences) - len(reading)
+            shape = self._pace.choose(left, decoding, spent) if reading else None
+            if shape is None:
+                return
+            spent += self._read(*shape)
+
+    def _read(self, rows: int, tokens: int) -> float:
+        """Reads chunks of those that came first; the seconds it took."""
         plan = self.scheduler.chunks(tokens, rows)
         self._move_pages()
         arrays = self.runner.empty_chunks(rows, tokens)
@@ -225,6 +233,7 @@ class Engine:
         for of_device in plan:
             for chunk in of_device:
                 self.scheduler.was_read(chunk)
+        return seconds
 
     def _move_pages(self) -> None:
         self.runner.move(self.scheduler.take_moves())
@@ -280,13 +289,11 @@ class Engine:
     # Decoding
 
     def _decode(self) -> None:
-        steps = self.serve.decode_steps
         ready = [s for s in self.scheduler.sequences if not s.is_reading]
         if not ready:
             return
         has_edits = any(is_edited(s.request) for s in ready)
-        if any(s.request.constraint is not None for s in ready):
-            steps = 1
+        steps = self._steps(ready, has_edits)
         per_step = 2 if self.runner.guesses and not has_edits else 1
         ready = self.scheduler.decoding(steps * per_step)
         self._move_pages()
@@ -301,11 +308,23 @@ class Engine:
             fill_row(arrays, row, sequence, guess)
         edits = self._edit_rows(rows_of, size) if has_edits else None
         decoded, seconds = self.runner.decode(arrays, steps, guesses, edits)
+        self._pace.was_decoded((size, has_edits), int(decoded.steps), seconds)
         self._note(decoded, seconds, payoff, guesses, has_edits)
         for row, sequence in rows_of.items():
             self._take_tokens(sequence, decoded, row)
             if has_edits:
                 self._edits_of[row] = sequence.request.id, len(sequence.tokens)
+
+    def _steps(self, ready: Many[Sequence], has_edits: bool) -> int:
+        """How many the next call has at most; a grammar says what is allowed for one alone."""
+        if any(s.request.constraint is not None for s in ready):
+            return 1
+        most, slots = self.serve.decode_steps, self.serve.slots * len(self.scheduler.pools)
+        if self.scheduler.waiting:  # for the place of the first that ends
+            first = min(s.request.max_tokens - s.made for s in ready)
+            most = min(most, max(first, FIRST_STEPS))
+        _, size = self._assign_rows(ready, has_edits)
+        return self._pace.steps((size, has_edits), most, is_full=len(ready) == slots)
 
     def _assign_rows(
         self, ready: Many[Sequence], has_edits: bool
@@ -370,7 +389,6 @@ class Engine:
         counters.drafted_tokens += int(decoded.guessed)
         counters.accepted_tokens += int(decoded.right)
         self._add_load(decoded.load)
-        self._pace.was_decoded(seconds)
         if self.runner.guesses and not edits and steps:
             payoff.add(guesses, seconds / steps, int(decoded.guessed), int(decoded.right), steps)
 
@@ -423,8 +441,14 @@ def _sizes(slots: int) -> list[int]:
     return [*sizes, slots]
 
 
-def _chunk_shapes(chunk: int, longest: int) -> list[tuple[int, int]]:
-    """(rows, tokens) that reading is compiled for."""
+def _chunk_shapes(chunk: int, longest: int, slots: int) -> list[tuple[int, int]]:
+    """(rows, tokens) that reading is compiled for.
+
+    >>> _chunk_shapes(256, 1024, 8)
+    [(1, 16), (1, 64), (1, 256), (4, 16), (4, 64), (8, 16)]
+    """
     whole = min(chunk, longest)
     part, least = max(1, whole // 4), max(1, whole // 16)
-    return sorted({(1, whole), (1, part), (LARGE_ROWS, part), (1, least)})
+    large, many = min(LARGE_ROWS, slots), min(MANY_ROWS, slots)
+    alone = {(1, whole), (1, part), (1, least)}
+    return sorted(alone | {(large, part), (large, least), (many, least)})

@@ -6,7 +6,7 @@ the programs for what it holds, the planner lowers them for devices that are not
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -190,6 +190,10 @@ def arrange_model(
     if config.has_experts:
         check_division(slots, mesh, "n_routed_experts + serve.redundant_experts")
     model = nnx.merge(*nnx.split(model))
+    if not guesses and config.num_nextn_predict_layers:  # neither its weights nor a cache for it
+        del model.mtp
+        config = replace(config, num_nextn_predict_layers=0)
+        model.config = config
     placement = first_placement(config, mesh, slots) if places_experts else None
     if placement is not None:
         _replicate(model, placement.expert_of_slot[0])

@@ -61,7 +61,6 @@ class Runner:
         longest = config.max_position_embeddings
         self.max_pages = serve.pages_per_request(longest)
         self.pages = serve.num_pages(longest)
-        self.layers = model.cached_layers
         self.cache_dtype = serve.cache_dtype or _cache_dtype(model)
         self.compilations = 0
         self.mesh = _mesh_of(model) if mesh is None else inference_mesh(mesh)
@@ -69,6 +68,7 @@ class Runner:
         self._compiler_options = dict(compiler_options or {})
         arranged = arrange_model(model, self.mesh, serve, how, wire, guesses)
         self._placed, self.placement = arranged.placed, arranged.placement
+        self.layers = arranged.placed.layers
         leaves, shardings = jax.tree.leaves(arranged.weights), self._placed.weight_shardings
         self._leaves = [jax.device_put(*of) for of in zip(leaves, shardings, strict=True)]
         self._by_token = NamedSharding(self.mesh, BY_TOKEN)

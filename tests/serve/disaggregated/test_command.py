@@ -35,19 +35,27 @@ def checkpoint(tmp_path_factory) -> tuple[Path, list[int]]:
 
 
 @pytest.fixture
-def served(checkpoint):
-    """The server's process, its URL, and its units' process ids."""
-    settings = [word for setting in SETTINGS for word in ("--set", f"serve.{setting}")]
-    command = [sys.executable, "-m", "dsv3_jax.cli", "serve", str(checkpoint[0]), "--port", "0"]
-    server = subprocess.Popen([*command, *settings], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    url = server.stdout.readline().partition(" at ")[2].split()[0]
-    units = children(server.pid)
-    assert len(units) == 2
-    yield server, url, units
-    for pid in (server.pid, *units):
+def serve(checkpoint):
+    """Starts a server with more settings: its process, its URL, and its units' process ids."""
+    pids, servers = [], []
+
+    def start(*more: str):
+        settings = [f"serve.{setting}" for setting in SETTINGS] + list(more)
+        words = [word for setting in settings for word in ("--set", setting)]
+        command = [sys.executable, "-m", "dsv3_jax.cli", "serve", str(checkpoint[0]), "--port", "0"]
+        server = subprocess.Popen([*command, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        servers.append(server)
+        url = server.stdout.readline().partition(" at ")[2].split()[0]
+        units = children(server.pid)
+        pids.extend((server.pid, *units))
+        return server, url, units
+
+    yield start
+    for pid in pids:
         if is_alive(pid):
             os.kill(pid, signal.SIGKILL)
-    server.communicate()
+    for server in servers:
+        server.communicate()
 
 
 def children(parent: int) -> list[int]:
@@ -78,10 +86,7 @@ def wait_for_ends(pids: list[int], seconds: float) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_answers_and_leaves_no_process_behind(checkpoint, served, number):
-    server, url, units = served
+def check_answer(checkpoint, url: str) -> None:
     folder, answer = checkpoint
     body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
@@ -91,6 +96,33 @@ def test_answers_and_leaves_no_process_behind(checkpoint, served, number):
     assert reply.json()["usage"]["completion_tokens"] == 12
     metrics = httpx.get(f"{url}/metrics", timeout=10).text
     assert re.search(r"^dsv3_generated_tokens(_total)? 12\.0$", metrics, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_answers_and_leaves_no_process_behind(checkpoint, serve, number):
+    server, url, units = serve()
+    assert len(units) == 2
+    check_answer(checkpoint, url)
     server.send_signal(number)
     assert server.wait(30) == (0 if number == signal.SIGTERM else -number)
     wait_for_ends(units, 5)
+
+
+@pytest.mark.slow
+def test_answers_in_one_process(checkpoint, serve):
+    server, url, units = serve("serve.unit_processes=false", "parallel.simulated_devices=1")
+    assert units == []
+    check_answer(checkpoint, url)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_one_process_needs_devices_for_both(checkpoint):
+    settings = [f"--set=serve.{setting}" for setting in (*SETTINGS, "unit_processes=false")]
+    command = [sys.executable, "-m", "dsv3_jax.cli", "serve", str(checkpoint[0]), "--port", "0"]
+    run = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
+    message = "devices of this process is 1, expected at least 1 for prefill and 1 for decode = 2"
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith(f"dsv3 serve: {message}"), run.stderr

@@ -296,6 +296,45 @@ def test_a_prefill_unit_that_dies_ends_what_it_reads_and_no_more(whole_model, th
     settled(coordinator)
 
 
+@pytest.mark.slow
+def test_units_on_meshes_of_their_own_whose_experts_move(whole_model):
+    """2 devices read, 4 decode, each with 12 slots for 8 experts, placed anew all the time."""
+    four = ParallelConfig(node=2, gpu=2, simulated_devices=4)
+    coordinator, deliveries = started(
+        WHOLE,
+        four,
+        prefill_mesh=(1, 1, 2),
+        redundant_experts=4,
+        rebalance_seconds=0.01,
+        speculative=False,  # half as many programs
+    )
+    try:
+        for request in REQUESTS:
+            coordinator.submit(request)
+        deliveries.wait_for_ends(REQUESTS, 200)
+        now = settled(coordinator)
+    finally:
+        coordinator.stop()
+    assert deliveries.tokens == expected(whole_model, REQUESTS)
+    pages = 4 * 96 // 8  # of a device
+    assert (now.slots, now.pages, now.pages_used) == (4 * 4, (2 + 4) * pages, 0)
+    assert now.expert_placements > 2 and now.device_load_max_over_mean >= 1
+
+
+def test_gpus_have_to_suffice_for_all_units(monkeypatch):
+    """What is wrong is said before any unit is started."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    serve = dataclasses.replace(SERVE, prefill_units=2, prefill_mesh=(1, 1, 1))
+    server = ServerConfig(serve=serve, parallel=ParallelConfig(gpu=4))
+    with pytest.raises(ValueError, match=r"GPUs of this server is 4, expected at least 6, one for"):
+        Coordinator(CONFIG, server, make_model)
+    simulated = ParallelConfig(gpu=4, simulated_devices=4)
+    Coordinator(CONFIG, dataclasses.replace(server, parallel=simulated), make_model)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4,5,6,7")
+    Coordinator(CONFIG, server, make_model)
+
+
 def wait_for_restart(coordinator: Coordinator, name: str, pid: int) -> None:
     """Until a unit has another process, and that is ready."""
     deadline = time.monotonic() + 200

@@ -4,9 +4,12 @@ import dataclasses
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig, ServeConfig
+from dsv3_jax.model.spread import spread
 from dsv3_jax.model.transformer import Transformer
+from dsv3_jax.parallel.inference import inference_mesh
 from dsv3_jax.serve.generate import generate
 from dsv3_jax.serve.request import Request, SamplingParams
 
@@ -45,8 +48,9 @@ SERVE = ServeConfig(
 )
 
 
-def make_model(config: ModelConfig = CONFIG) -> Transformer:
-    return Transformer(config, rngs=nnx.Rngs(0))
+def make_model(config: ModelConfig = CONFIG, mesh: Mesh | None = None) -> Transformer:
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    return model if mesh is None else spread(model, inference_mesh(mesh))
 
 
 def random_requests(count: int, seed: int) -> list[Request]:

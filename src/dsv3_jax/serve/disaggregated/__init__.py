@@ -13,4 +13,7 @@ Which unit gets what is decided by a state machine of plain values (dispatch.py)
 
 A unit that dies or hangs is started again (unit_process.py). Its requests go on at another unit of
 its kind, from the tokens that have been delivered; where there is none they end with an error.
+
+Each unit has a mesh of its own. Without processes (one_process.py) two engines of one process, on
+devices of their own, do the same: prefill steps in a thread, handovers stay in memory.
 """

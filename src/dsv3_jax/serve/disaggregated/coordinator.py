@@ -1,6 +1,7 @@
 """A `Backend` over units in other processes."""
 
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from dsv3_jax.serve.disaggregated.messages import (
     Ready,
     Start,
 )
-from dsv3_jax.serve.disaggregated.unit_process import GivenUp, Lost, UnitProcess
+from dsv3_jax.serve.disaggregated.unit_process import GivenUp, Lost, UnitProcess, check_gpus
 from dsv3_jax.serve.engine import check_tokens, longest_request
 from dsv3_jax.serve.request import EngineStatistics, Output, Request
 
@@ -92,13 +93,11 @@ class Coordinator:
         self._thread = threading.Thread(target=self._hand_out, name="delivery", daemon=True)
         key = secrets.token_bytes(32)
         counts = {Kind.PREFILL: serve.prefill_units, Kind.DECODE: serve.decode_units}
-        alone = replace(server, serve=replace(serve, disaggregated=False, prefill_mesh=None))
-        of_kind = {
-            Kind.PREFILL: replace(alone, parallel=server.prefill_parallel),
-            Kind.DECODE: alone,
-        }
+        of_kind = unit_servers(server)
         kinds = [kind for kind, count in counts.items() for _ in range(count)]
         sizes = [of_kind[kind].parallel.num_devices for kind in kinds]
+        if not server.parallel.simulated_devices:
+            check_gpus(sum(sizes), os.environ)
         starts = [
             Start(
                 name=f"{kind}-{kinds[:number].count(kind)}",
@@ -160,20 +159,14 @@ class Coordinator:
             decoding = [s for n, s in self._statistics.items() if self.units[n].kind == Kind.DECODE]
             waiting, dispatcher = self._dispatcher.waiting, self._dispatcher
             finished, cancelled = dispatcher.finished, dispatcher.cancelled
-            total = _sum([self._lost_counters, *units])
-        gauges = {name: sum(getattr(unit, name) for unit in units) for name in GAUGES}
+            total = total_statistics(units, self._lost_counters)
         return replace(
             total,
-            waiting=waiting + gauges.pop("waiting"),
+            waiting=waiting + total.waiting,
             slots=self._serve.slots * self._decode_devices * self._serve.decode_units,
-            cache_bytes_per_token=max((u.cache_bytes_per_token for u in units), default=0),
             finished=finished,
             cancelled=cancelled,
             is_speculating=any(unit.is_speculating for unit in decoding),
-            device_load_max_over_mean=max(
-                (unit.device_load_max_over_mean for unit in units), default=1.0
-            ),
-            **gauges,
         )
 
     def failure(self) -> str | None:
@@ -311,6 +304,26 @@ class Coordinator:
     def _hand_out(self) -> None:
         while (outputs := self._delivery.get()) is not None:
             self._deliver(outputs)
+
+
+def unit_servers(server: ServerConfig) -> dict[Kind, ServerConfig]:
+    """What a unit of each kind is told: to serve alone, on its own mesh."""
+    changes = {"disaggregated": False, "unit_processes": True, "prefill_mesh": None}
+    decode = replace(server, serve=replace(server.serve, **changes))
+    return {Kind.PREFILL: replace(decode, parallel=server.prefill_parallel), Kind.DECODE: decode}
+
+
+def total_statistics(
+    units: list[EngineStatistics], lost: EngineStatistics | None = None
+) -> EngineStatistics:
+    """Gauges of the units, and counters of them and of those that were `lost`."""
+    gauges: dict[str, Any] = {name: sum(getattr(unit, name) for unit in units) for name in GAUGES}
+    return replace(
+        _sum(units if lost is None else [lost, *units]),
+        cache_bytes_per_token=max((u.cache_bytes_per_token for u in units), default=0),
+        device_load_max_over_mean=max((u.device_load_max_over_mean for u in units), default=1.0),
+        **gauges,
+    )
 
 
 def _sum(parts: list[EngineStatistics]) -> EngineStatistics:

@@ -1,8 +1,10 @@
 """The coordinator's side of a unit: starts its process, hears it, and starts it again."""
 
+import itertools
 import logging
 import os
 import pickle
+import re
 import socket
 import struct
 import subprocess
@@ -11,9 +13,11 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from dsv3_jax.config.checks import require
 from dsv3_jax.config.parallel import ParallelConfig, simulated_devices
 from dsv3_jax.serve.disaggregated.messages import Beat, Ready, Refused, Start
 
@@ -29,6 +33,7 @@ BACK_OFF_SECONDS = 0.5
 MOST_BACK_OFF_SECONDS = 30
 MOST_FAILED_STARTS = 5
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+GPU_NAME = re.compile(r"\d+|(GPU|MIG)-.+")
 MODULE = "dsv3_jax.serve.disaggregated.unit"
 _log = logging.getLogger("dsv3_jax.serve")
 
@@ -167,13 +172,35 @@ def device_environment(
     parallel: ParallelConfig, first: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Variables for a unit that is to see simulated devices, or GPUs of its own: as many as it has
-    in its mesh, from number `first` on of those that this process may use."""
+    in its mesh, from number `first` on of those that this process may use. None where it may use
+    no GPU."""
     count = parallel.num_devices
     if parallel.simulated_devices:
         return simulated_devices(count, environment)
-    visible = environment.get(VISIBLE_GPUS, "")
-    mine = visible.split(",") if visible else [str(i) for i in range(first + count)]
-    return {VISIBLE_GPUS: ",".join(mine[first : first + count])}
+    mine = usable_gpus(environment)[first : first + count]
+    return {VISIBLE_GPUS: ",".join(mine)} if mine else {}
+
+
+def check_gpus(needed: int, environment: Mapping[str, str]) -> None:
+    """ValueError where there are GPUs to use, but fewer than all units `needed` together."""
+    found = len(usable_gpus(environment))
+    rule = (
+        f"at least {needed}, one for each device of all prefill and decode units"
+        f" ({VISIBLE_GPUS} says which; JAX_PLATFORMS=cpu uses none)"
+    )
+    require(not 0 < found < needed, "GPUs of this server", found, rule)
+
+
+def usable_gpus(environment: Mapping[str, str], machine: Path = Path("/dev")) -> list[str]:
+    """Those that JAX in this environment would use, as CUDA names them; `machine` has a file of
+    each GPU."""
+    platforms = environment.get("JAX_PLATFORMS", "").split(",")
+    if platforms != [""] and not {"cuda", "gpu"} & set(platforms):
+        return []
+    if VISIBLE_GPUS not in environment:
+        return [str(number) for number, _ in enumerate(machine.glob("nvidia[0-9]*"))]
+    # CUDA takes those before the first name that is none: "-1" or "" hide all of them.
+    return list(itertools.takewhile(GPU_NAME.fullmatch, environment[VISIBLE_GPUS].split(",")))
 
 
 def _spawn(file_descriptor: int, devices: dict[str, str]) -> subprocess.Popen:
