@@ -163,6 +163,8 @@ PIPELINE = [
     *("--set=parallel.pipe=2", "--set=parallel.schedule=1f1b"),
     *("--set=parallel.micro_batches=4", "--set=parallel.simulated_devices=2"),
 ]
+UNIT = BENCH_TINY.replace("bench_tiny", "v3_671b_decode")
+WRONG_CONFIG.append(([UNIT], "serve.unit is 'decode'", "a unit's config is for `dsv3 compile`"))
 FIVE_STAGES = ["--set=parallel.pipe=5", "--set=parallel.simulated_devices=5"]
 WRONG_CONFIG += [
     ([BENCH_TINY, *PIPELINE, *changes], *fragments)

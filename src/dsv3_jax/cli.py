@@ -226,6 +226,7 @@ def _add_set(command: Parser) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """`dsv3 train`."""
     config = _config(options)  # before JAX is loaded: what is wrong is said at once
+    config.check_is_training()
     simulate_devices(config.parallel.simulated_devices)
 
     from dsv3_jax.train.loop import Interrupted, train
@@ -395,6 +396,7 @@ def run_bench(options: argparse.Namespace) -> int:
     _refuse(only_kernels, "kernels")
     options.config = BENCH_CONFIG if options.config is None else options.config
     config = _config(options)
+    config.check_is_training()
 
     simulate_devices(config.parallel.simulated_devices)
     from dsv3_jax.plan.bench import bench_decode, bench_train, print_report

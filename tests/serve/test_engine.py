@@ -116,6 +116,15 @@ def test_answers_are_generates_whatever_else_is_served(model, engine):
     assert (after.running, after.waiting, after.pages_used) == (0, 0, 0)
 
 
+@pytest.mark.slow
+def test_sixty_four_requests_some_given_up(model, engine):
+    requests = random_requests(64, 11, [SamplingParams()])
+    arrivals = np.random.default_rng(2).integers(0, 120, 64).tolist()
+    found = run(engine, requests, arrivals, cancel=("3", "17", "40", "55"))
+    answers = expected(model, *requests)
+    assert len(found) >= 60 and found == {name: answers[name] for name in found}
+
+
 def test_nothing_is_compiled_while_requests_run(engine):
     compiled = []
     listener = lambda event, seconds, **_: compiled.append(event)  # noqa: E731

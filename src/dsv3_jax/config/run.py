@@ -124,6 +124,11 @@ class RunConfig:
             f"a multiple of parallel.data x node x gpu = {shards}, over which sequences are split",
         )
 
+    def check_is_training(self) -> None:
+        """ValueError for the config of a serving unit, which describes no training."""
+        rule = "None: a unit's config is for `dsv3 compile`"
+        require(self.serve.unit is None, "serve.unit", self.serve.unit, rule)
+
     @property
     def parts(self) -> int:
         """Parts in which a batch is computed: of an accumulation, or a pipeline's micro-batches."""

@@ -135,6 +135,8 @@ class ServerConfig:
         recipe = self.precision.recipe
         rule = "fp32: a server computes in serve.dtype"
         require(recipe == "fp32", "precision.recipe", recipe, rule)
+        rule = "None: a server has both kinds of step"
+        require(self.serve.unit is None, "serve.unit", self.serve.unit, rule)
         rule = "None where serve.disaggregated is False"
         mesh = self.serve.prefill_mesh
         require(mesh is None or self.serve.disaggregated, "serve.prefill_mesh", mesh, rule)

@@ -46,16 +46,9 @@ def compile_step(
         trips, timed, pairs = rules.trips, rules.slowest_rank, rules.pairs
         branches = branches or rules.mean
     compiled = compile_ahead(lower(config, devices))
-    memory = MemoryUse(
-        argument_bytes=compiled.argument_bytes,
-        new_output_bytes=compiled.output_bytes - compiled.alias_bytes,
-        temp_bytes=compiled.temp_bytes,
-        code_bytes=compiled.code_bytes,
-        arguments=compiled.arguments,
-    )
     analysis = analyse(
         compiled.hlo_text,
-        memory,
+        memory_use(compiled),
         gpu,
         compile_seconds=compiled.compile_seconds,
         compile_host_bytes=compiled.host_peak_bytes,
@@ -67,6 +60,19 @@ def compile_step(
         pairs=pairs,
     )
     return compiled, analysis
+
+
+def memory_use(compiled: CompiledStep, kinds: dict[str, int] | None = None) -> MemoryUse:
+    """What a compiled program says of its memory; `kinds` of arguments where it is no training
+    step's."""
+    return MemoryUse(
+        argument_bytes=compiled.argument_bytes,
+        new_output_bytes=compiled.output_bytes - compiled.alias_bytes,
+        temp_bytes=compiled.temp_bytes,
+        code_bytes=compiled.code_bytes,
+        arguments=compiled.arguments,
+        kinds=kinds,
+    )
 
 
 def held_bytes(layout: Layout) -> HeldBytes:

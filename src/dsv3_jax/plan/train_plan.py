@@ -100,6 +100,7 @@ def predict_training(
     ValueError where the run has more devices than the cluster. A run that does not fit the memory
     is a result, not an error.
     """
+    config.check_is_training()
     parallel = config.parallel
     rule = f"at most the {cluster.num_gpus} of cluster {cluster.name}"
     gpus = parallel.num_devices

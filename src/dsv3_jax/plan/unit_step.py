@@ -31,14 +31,13 @@ from dsv3_jax.plan.report import (
     CACHE,
     WEIGHTS,
     Analysis,
-    MemoryUse,
     analyse,
     bytes_text,
     seconds_text,
 )
 from dsv3_jax.plan.report import as_json as step_json
 from dsv3_jax.plan.report import as_text as step_text
-from dsv3_jax.plan.step_report import check_hosts
+from dsv3_jax.plan.step_report import check_hosts, memory_use
 from dsv3_jax.serve.placed import Arranged, PlacedModel, arrange_model
 from dsv3_jax.serve.programs import empty_chunk_rows, empty_decode_rows
 
@@ -90,17 +89,9 @@ def compile_unit(config: RunConfig, gpu: Gpu, hosts: int) -> tuple[CompiledStep,
     for path, size in compiled.arguments.items():
         if path.startswith(("[0]", "[1]")):
             sizes[WEIGHTS if path.startswith("[0]") else CACHE] += size
-    memory = MemoryUse(
-        argument_bytes=compiled.argument_bytes,
-        new_output_bytes=compiled.output_bytes - compiled.alias_bytes,
-        temp_bytes=compiled.temp_bytes,
-        code_bytes=compiled.code_bytes,
-        arguments=compiled.arguments,
-        kinds=sizes,
-    )
     analysis = analyse(
         compiled.hlo_text,
-        memory,
+        memory_use(compiled, sizes),
         gpu,
         compile_seconds=compiled.compile_seconds,
         compile_host_bytes=compiled.host_peak_bytes,
