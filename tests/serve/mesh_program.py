@@ -53,30 +53,41 @@ def distance(found: jax.Array, expected: jax.Array) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
+def distances(on_meshes: dict[str, Transformer]) -> dict[str, float]:
+    """Of the logits of a batch that the devices do not divide, from one device's."""
+    tokens = jax.random.randint(jax.random.key(0), (3, 20), 0, 64)
+    expected = fresh()(tokens)
+    return {name: distance(model(tokens), expected) for name, model in on_meshes.items()}
+
+
 def logits() -> dict[str, float]:
-    """Of models spread and loaded, batches that the devices do not divide."""
-    model, tokens = fresh(), jax.random.randint(jax.random.key(0), (3, 20), 0, 64)
+    """Of models spread in two hops, and in one whose buffers overflow."""
+    flat = ParallelConfig(dispatcher="flat", capacity_factor=0.25)
+    return distances(
+        {
+            "two hops": spread(fresh(), inference_mesh(mesh_of(node=2, gpu=2))),
+            "flat, many rounds": spread(fresh(), inference_mesh(mesh_of(node=2, gpu=4)), flat),
+        }
+    )
+
+
+def more_logits() -> dict[str, float]:
+    """Of more meshes, and of models that are loaded."""
     meshes = {
         "8 experts' devices": mesh_of(gpu=8),
-        "two hops": mesh_of(node=2, gpu=2),
         "experts on half of them": mesh_of(gpu=4, data=2),
     }
-    found = {}
-    for name, mesh in meshes.items():
-        found[name] = distance(spread(model, inference_mesh(mesh))(tokens), model(tokens))
-    flat = ParallelConfig(dispatcher="flat", capacity_factor=0.25)
-    on_flat = spread(model, inference_mesh(mesh_of(node=2, gpu=4)), flat)
-    found["flat, many rounds"] = distance(on_flat(tokens), model(tokens))
+    models = {name: spread(fresh(), inference_mesh(mesh)) for name, mesh in meshes.items()}
     with tempfile.TemporaryDirectory() as directory:
-        dsv3_jax.save_hf(on_flat, Path(directory, "hf"), "float32")
+        dsv3_jax.save_hf(models["8 experts' devices"], Path(directory, "hf"), "float32")
         import_hf(Path(directory, "hf"), Path(directory, "run"))
-        for name, path in {"hub": "hf", "run": "run"}.items():
+        for path in ("hf", "run"):
             loaded = dsv3_jax.load(Path(directory, path), mesh=mesh_of(node=2, gpu=2))
             experts = loaded.moe_layers.mlp.experts.down_proj[...]
             assert experts.sharding.spec == PartitionSpec(None, ("node", "gpu"))
             assert experts.addressable_shards[0].data.shape[1] == 2
-            found[f"loaded from a {name} directory"] = distance(loaded(tokens), model(tokens))
-    return found
+            models[f"loaded from {path}"] = loaded
+        return distances(models)
 
 
 def fp8() -> dict[str, float]:
@@ -170,6 +181,7 @@ def stacked() -> dict[str, Any]:
 
 PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "logits": logits,
+    "more logits": more_logits,
     "fp8": fp8,
     "generate": generating,
     "slots": slots,
